@@ -1,0 +1,149 @@
+"""Config node `data`: sources, packing, template, limits. Never imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Oversize(Enum):
+    """What happens to a sample longer than a row."""
+
+    error = "error"
+    drop = "drop"
+    truncate = "truncate"
+
+
+class AudioText(Enum):
+    """What happens to text beside a clip in one message (some corpora keep the transcript there)."""
+
+    append = "append"
+    drop = "drop"
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One folder of shards. `weight` is its share of drawn samples; without weights, `epochs` counts."""
+
+    path: str = "???"
+    weight: float | None = None
+    epochs: float = 1.0
+    tags: list[str] = field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        found = []
+        if self.weight is not None and self.weight <= 0:
+            found.append(f"weight={self.weight}: must be above 0. Remove the source instead.")
+        if self.epochs <= 0:
+            found.append(f"epochs={self.epochs}: must be above 0. Remove the source instead.")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class PackConfig:
+    """How samples are laid into rows. `max_slices` and `max_audio_seconds` bound a pack's media."""
+
+    length: int = 4096
+    buffer: int = 128
+    oversize: Oversize = Oversize.error
+    max_slices: int | None = None
+    max_audio_seconds: float | None = None
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        found = []
+        if self.length < 64 or self.length % 64:
+            nearest = max(64, -(-self.length // 64) * 64)
+            found.append(f"length={self.length}: must be a multiple of 64. Use {nearest}.")
+        if not 1 <= self.buffer <= 4096:
+            found.append(f"buffer={self.buffer}: must be between 1 and 4096. Use 128.")
+        if self.max_slices is not None and self.max_slices < 1:
+            found.append(f"max_slices={self.max_slices}: must be at least 1. Use null for no bound.")
+        if self.max_audio_seconds is not None and self.max_audio_seconds <= 0:
+            found.append(
+                f"max_audio_seconds={self.max_audio_seconds}: must be above 0. Use null for no bound."
+            )
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class TemplateConfig:
+    """Chat template options. `slice_start` and `slice_end` are token strings around a tile block."""
+
+    system: str = "你是Megrez-3B-Instruct，将针对用户的问题给出详细的、积极的回答。"
+    audio_text: AudioText = AudioText.append
+    slice_start: str = ""
+    slice_end: str = ""
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        if bool(self.slice_start) != bool(self.slice_end):
+            return ["slice_start: set without its partner. Set both slice_start and slice_end, or neither."]
+        return []
+
+
+@dataclass(kw_only=True, slots=True)
+class LimitsConfig:
+    """What one sample may ask of a worker; beyond it, it is dropped with a cause."""
+
+    image_pixels: int = 100_000_000
+    image_bytes: int = 64 * 2**20
+    audio_seconds: float = 1800.0
+    audio_bytes: int = 256 * 2**20
+    parts: int = 256
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        return [
+            f"{name}={getattr(self, name)}: must be above 0. Use a positive number."
+            for name in ("image_pixels", "image_bytes", "audio_seconds", "audio_bytes", "parts")
+            if getattr(self, name) <= 0
+        ]
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Everything about data. `holdout` keeps that share of every training source for evaluation,
+    chosen by key hash; `held_out` names sources that are for evaluation only."""
+
+    path: str | None = None
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    held_out: dict[str, SourceConfig] = field(default_factory=dict)
+    holdout: float = 0.0
+    tags: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+    cache: str | None = None
+    shuffle_shards: int = 16
+    workers: int = 2
+    prefetch: int = 4
+    timeout_seconds: float = 300.0
+    max_bad_share: float = 0.05
+    pack: PackConfig = field(default_factory=PackConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        found = []
+        if not self.sources:
+            found.append("sources: there is none. Use data=folder data.path=DIR, or name some.")
+        if not 0.0 <= self.holdout < 1.0:
+            found.append(f"holdout={self.holdout}: must be at least 0 and below 1. Use 0.02.")
+        if not 0.0 <= self.max_bad_share <= 1.0:
+            found.append(f"max_bad_share={self.max_bad_share}: must be between 0 and 1. Use 0.05.")
+        if self.shuffle_shards < 1:
+            found.append(f"shuffle_shards={self.shuffle_shards}: must be at least 1. Use 16.")
+        if self.workers < 0:
+            found.append(f"workers={self.workers}: must not be negative. Use 0 to load in the rank itself.")
+        if self.prefetch < 1:
+            found.append(f"prefetch={self.prefetch}: must be at least 1. Use 4.")
+        if self.timeout_seconds <= 0:
+            found.append(f"timeout_seconds={self.timeout_seconds}: must be above 0. Use 300.")
+        weighted = [name for name, source in self.sources.items() if source.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            missing = sorted(set(self.sources) - set(weighted))
+            found.append(
+                f"sources.{missing[0]}.weight=null: others have a weight. Give every source one, or none."
+            )
+        return found

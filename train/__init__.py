@@ -1,0 +1,1 @@
+"""Everything accelerator ranks run: configs, model, engine, step, checkpoints."""

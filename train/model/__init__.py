@@ -1,0 +1,1 @@
+"""Model parts. Imports only torch, transformers, `data.sample` and `data.geometry`."""
