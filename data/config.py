@@ -104,10 +104,10 @@ class LimitsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Everything about data. `holdout` keeps that share of every training source for evaluation,
+    """Everything about data. `path` is for one folder (see configs/data/folder.yaml). `holdout` keeps that share of every training source for evaluation,
     chosen by key hash; `held_out` names sources that are for evaluation only."""
 
-    path: str | None = None
+    path: str | None = "???"
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     held_out: dict[str, SourceConfig] = field(default_factory=dict)
     holdout: float = 0.0

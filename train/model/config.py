@@ -107,7 +107,7 @@ class ModelConfig:
         """Returns what is wrong, one line each."""
         if self.vision.resampler_heads > 0 and self.llm.width % self.vision.resampler_heads:
             return [
-                f"vision.resampler_heads={self.vision.resampler_heads}: must divide llm.width={self.llm.width}."
+                f"vision.resampler_heads={self.vision.resampler_heads}: must divide llm.width {self.llm.width}."
             ]
         if self.llm.width % 4:
             return [f"llm.width={self.llm.width}: must be a multiple of 4 for the 2-D sin-cos positions."]

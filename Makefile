@@ -1,0 +1,28 @@
+# Every target makes .venv and installs what it needs by itself; only pip is used.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: test check format clean
+
+test: $(STAMP)  ## all tests this machine can run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, format and types: what CI checks before it tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)  ## mends what `make check` would complain of, where it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## forgets the virtual environment
+	rm -rf $(VENV)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(STAMP)

@@ -1,0 +1,223 @@
+"""From a `Sample` to an `EncodedSample`: slicing, log-mel and chat template in one place.
+
+`Encoder.count` works from sizes alone, for the index; `Encoder.encode` from media bytes, in the
+workers. Both ask `Encoder.lay_out`, so that they cannot differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from data.config import DataConfig, Oversize
+from data.geometry import Clip, MediaConfig, Slicing, cut_audio, slice_image
+from data.media import decode_audio, decode_image
+from data.mel import log_mel
+from data.sample import EncodedSample, MediaSize, Sample, SampleError, modality_of
+from data.template import AudioSpan, ImageSpan, Rendered, render, truncate
+from data.tokenizer import TextTokenizer
+
+LAYOUT_VERSION = 1
+"""Part of the fingerprint. Raise it when the same input comes to give other tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a sample asks of a row and of the encoders, after truncation.
+
+    `supervised` tokens carry loss, `frames` are encoder frames (50 a second).
+    """
+
+    length: int
+    supervised: int
+    slices: int
+    patches: int
+    frames: int
+    modality: str
+
+
+@dataclass(slots=True)
+class Layout:
+    """A sample as tokens, and how each of its pictures and recordings is cut, by name."""
+
+    rendered: Rendered
+    slicings: dict[str, Slicing] = field(default_factory=dict)
+    clips: dict[str, list[Clip]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Counts:
+        """Returns the counts of what is left of the sample."""
+        spans = self.rendered.spans
+        slicings = [self.slicings[span.media] for span in spans if span.kind == "image"]
+        clips = [clip for span in spans if span.kind == "audio" for clip in self.clips[span.media]]
+        return Counts(
+            length=len(self.rendered.input_ids),
+            supervised=self.rendered.num_supervised,
+            slices=sum(slicing.num_slices for slicing in slicings),
+            patches=sum(slicing.num_patches for slicing in slicings),
+            frames=sum(clip.frames for clip in clips),
+            modality=modality_of(span.kind for span in spans),
+        )
+
+
+class Encoder:
+    """Encodes samples under one configuration. Picklable, for spawned workers."""
+
+    def __init__(self, config: DataConfig, media: MediaConfig, tokenizer: TextTokenizer):
+        self.config = config
+        self.media = media
+        self.tokenizer = tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides a sample's tokens: the key of cached token counts."""
+        parts = {
+            "layout": LAYOUT_VERSION,
+            "tokenizer": self.tokenizer.fingerprint,
+            "template": asdict(self.config.template),
+            "media": asdict(self.media),
+            "length": self.config.pack.length,
+            "oversize": self.config.pack.oversize,
+        }
+        text = json.dumps(parts, sort_keys=True, default=lambda choice: choice.value)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def count(self, sample: Sample, sizes: dict[str, MediaSize]) -> Counts:
+        """Returns what `encode` would give, from the sizes of the media alone.
+
+        Raises:
+            SampleError: the sample cannot be used, or is longer than a row and to be dropped.
+            ValueError: it is longer than a row and `data.pack.oversize` is `error`.
+        """
+        try:
+            return self.lay_out(sample, sizes).counts
+        except SampleError as error:
+            if error.cause == "oversize" and self.config.pack.oversize is Oversize.error:
+                raise ValueError(
+                    f"data.pack.oversize=error: sample {sample.key}: {error}. "
+                    "Or use data.pack.oversize=truncate or drop."
+                ) from error
+            raise
+
+    def encode(self, sample: Sample, source: str) -> EncodedSample:
+        """Returns the sample as tokens, patches and mel frames.
+
+        Raises:
+            SampleError: the sample cannot be used.
+        """
+        _check_media(sample, sample.media, self.config.limits.parts)
+        limits = self.config.limits
+        images = {name: decode_image(sample.media[name], limits) for name in _names(sample, "image")}
+        waveforms = {name: decode_audio(sample.media[name], limits) for name in _names(sample, "audio")}
+        sizes = {name: MediaSize("image", *image.size) for name, image in images.items()}
+        sizes |= {name: MediaSize("audio", num_samples=len(wave)) for name, wave in waveforms.items()}
+        layout = self.lay_out(sample, sizes)
+        encoded = EncodedSample(
+            sample.key,
+            source,
+            layout.counts.modality,
+            layout.rendered.input_ids,
+            layout.rendered.labels,
+            slice_starts=layout.rendered.slice_starts,
+            clip_starts=layout.rendered.clip_starts,
+        )
+        for span in layout.rendered.spans:
+            if span.kind == "image":
+                self._add_image(encoded, images[span.media], layout.slicings[span.media])
+            else:
+                self._add_audio(encoded, waveforms[span.media], layout.clips[span.media])
+        return encoded
+
+    def lay_out(self, sample: Sample, sizes: dict[str, MediaSize]) -> Layout:
+        """Returns the tokens of a sample and how its media are cut, from their sizes.
+
+        Raises:
+            SampleError: the sample cannot be used, or is longer than a row and not to be truncated.
+        """
+        _check_media(sample, sizes, self.config.limits.parts)
+        slicings = {
+            name: slice_image(sizes[name].width, sizes[name].height, self.media.image)
+            for name in _names(sample, "image")
+        }
+        clips = {
+            name: cut_audio(sizes[name].num_samples, self.media.audio) for name in _names(sample, "audio")
+        }
+        queries = self.media.image.queries
+        spans: dict[str, ImageSpan | AudioSpan] = {
+            name: ImageSpan(slicing.grid, queries) for name, slicing in slicings.items()
+        }
+        spans |= {name: AudioSpan(tuple(clip.span for clip in cut)) for name, cut in clips.items()}
+        rendered = render(sample.messages, spans, self.config.template, self.tokenizer)
+        return Layout(self._fit(rendered), slicings, clips)
+
+    def _fit(self, rendered: Rendered) -> Rendered:
+        if not rendered.num_supervised:
+            raise SampleError(
+                "no token carries loss. Give it an assistant message or a document text",
+                cause="no_supervised",
+            )
+        pack = self.config.pack
+        if len(rendered.input_ids) <= pack.length or pack.oversize is Oversize.truncate:
+            return truncate(rendered, pack.length)
+        raise SampleError(
+            f"{len(rendered.input_ids)} tokens, longer than data.pack.length={pack.length}. "
+            "Shorten it or raise data.pack.length",
+            cause="oversize",
+        )
+
+    def _add_image(self, encoded: EncodedSample, image: Image.Image, slicing: Slicing) -> None:
+        encoded.slices += cut_image(image, slicing)
+        encoded.grids += slicing.patch_grids
+
+    def _add_audio(self, encoded: EncodedSample, waveform: np.ndarray, clips: list[Clip]) -> None:
+        for clip in clips:
+            window = waveform[clip.start : clip.stop]
+            encoded.clips.append(log_mel(window, self.media.audio, clip.mel_frames))
+            encoded.clip_tokens.append(clip.tokens)
+
+
+def _names(sample: Sample, kind: str) -> list[str]:
+    """Returns the names of the sample's media of one kind, in order, each once."""
+    parts = (part for message in sample.messages for part in message.parts)
+    return list(dict.fromkeys(part.media for part in parts if part.kind == kind))
+
+
+def _check_media(sample: Sample, known, most: int) -> None:
+    count = sum(len(message.parts) for message in sample.messages)
+    if count > most:
+        raise SampleError(f"{count} parts, more than data.limits.parts={most}. Split it", cause="parts")
+    for name in _names(sample, "image") + _names(sample, "audio"):
+        if name not in known:
+            raise SampleError(f"media {name!r} is named but not there. Pack it again", cause="media_missing")
+
+
+def cut_image(image: Image.Image, slicing: Slicing) -> list[np.ndarray]:
+    """Returns the patches of every slice of an RGB picture: the overview, then the tiles row-major.
+
+    Shapes: uint8 [patches, 3 * patch_pixels^2] each.
+    """
+    patch = slicing.patch_pixels
+    slices = [patchify(np.asarray(image.resize(slicing.overview, Image.Resampling.BICUBIC)), patch)]
+    if slicing.grid is None or slicing.tile is None:
+        return slices
+    (columns, rows), (width, height) = slicing.grid, slicing.tile
+    whole = np.asarray(image.resize((width * columns, height * rows), Image.Resampling.BICUBIC))
+    for row in range(rows):
+        for column in range(columns):
+            tile = whole[row * height : (row + 1) * height, column * width : (column + 1) * width]
+            slices.append(patchify(tile, patch))
+    return slices
+
+
+def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
+    """Returns the patches of a picture row-major, each channel-major like a convolution's weight.
+
+    Shapes: pixels uint8 [height, width, 3]; result uint8 [patches, 3 * patch^2].
+    """
+    height, width, channels = pixels.shape
+    blocks = pixels.reshape(height // patch, patch, width // patch, patch, channels)
+    return blocks.transpose(0, 2, 4, 1, 3).reshape(-1, channels * patch * patch)

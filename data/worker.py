@@ -1,0 +1,152 @@
+"""What runs in a loader worker: references of samples in, one finished micro-batch out.
+
+Workers hold no state that matters: any worker gives the same micro-batch for the same work item.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from data.collate import BlankSegment, collate
+from data.encode import Encoder
+from data.index import FolderIndex
+from data.sample import Batch, Dropped, EncodedSample, Pack, SampleError, SampleRef
+from data.shards import ShardReader
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """One micro-batch to load. `number` counts the work items of an iteration."""
+
+    number: int
+    packs: list[Pack]
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What a worker sends back: a batch, or what the machine failed at (never a matter of data)."""
+
+    batch: Batch | None
+    failure: str = ""
+
+    def pin_memory(self) -> Loaded:
+        """Returns it with every tensor in pinned memory; torch's pinning thread calls this."""
+        return Loaded(None if self.batch is None else _pin(self.batch), self.failure)
+
+
+def _pin(item: Any) -> Any:
+    values = {entry.name: getattr(item, entry.name) for entry in dataclasses.fields(item)}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            values[name] = value.pin_memory()
+        elif dataclasses.is_dataclass(value):
+            values[name] = _pin(value)
+    return type(item)(**values)
+
+
+class Progress:
+    """What every worker is at, in shared memory: so a hung or killed one can be told by its sample.
+
+    Shapes: table int64 [workers, 4]: process id, number of the work item (-1 when idle), and the
+    place of the sample in it (pack, position).
+    """
+
+    def __init__(self, workers: int):
+        self.table = torch.full((max(workers, 1), 4), -1, dtype=torch.int64).share_memory_()
+
+    def note(self, number: int, pack: int = 0, position: int = 0) -> None:
+        """Writes down what this process is at."""
+        info = get_worker_info()
+        self.table[info.id if info else 0] = torch.tensor([os.getpid(), number, pack, position])
+
+    def rows(self) -> list[tuple[int, int, int, int]]:
+        """Returns (process id, work item, pack, position) of every worker that is at a sample."""
+        return [(pid, number, pack, place) for pid, number, pack, place in self.table.tolist() if number >= 0]
+
+    def pids(self) -> set[int]:
+        """Returns the process ids of all workers that ever began."""
+        return {row[0] for row in self.table.tolist()} - {-1}
+
+
+class MicroBatches(Dataset):
+    """Maps a work item to its micro-batch. Files are opened by the process that reads them."""
+
+    def __init__(
+        self,
+        folders: dict[str, FolderIndex],
+        encoder: Encoder,
+        collate_options: dict[str, Any],
+        progress: Progress,
+    ):
+        self.folders = folders
+        self.encoder = encoder
+        self.collate_options = collate_options
+        self.progress = progress
+        self._readers: dict[str, ShardReader] = {}
+
+    def __getitem__(self, item: WorkItem) -> Loaded:
+        """Returns the micro-batch; bad samples become blank segments in their place."""
+        dropped: list[Dropped] = []
+        rows: list[list[EncodedSample | BlankSegment]] = []
+        try:
+            for place, pack in enumerate(item.packs):
+                rows.append([])
+                for position, ref in enumerate(pack.refs):
+                    self.progress.note(item.number, place, position)
+                    rows[-1].append(self._load(ref, dropped))
+        except OSError as error:
+            return Loaded(None, f"{self.name(ref)}: cannot be read ({error}). Check the disk and the mount.")
+        finally:
+            self.progress.note(-1)
+        batch = collate(rows, **self.collate_options)
+        batch.dropped = dropped
+        return Loaded(batch)
+
+    def name(self, ref: SampleRef) -> str:
+        """Returns `source/shard/key` of a reference."""
+        shard = self.folders[ref.source].shards[ref.shard]
+        return f"{ref.source}/{shard.name}/{shard.keys[ref.row]}"
+
+    def _load(self, ref: SampleRef, dropped: list[Dropped]) -> EncodedSample | BlankSegment:
+        try:
+            return self._encode(ref)
+        except SampleError as error:
+            cause, message = error.cause, str(error)
+        except OSError:
+            raise
+        except Exception as error:
+            # The sample border: whatever a decoder throws at hostile bytes must not end the run.
+            cause, message = "unexpected", f"{type(error).__name__}: {error}"
+        shard = self.folders[ref.source].shards[ref.shard]
+        dropped.append(Dropped(ref.source, shard.name, shard.keys[ref.row], cause, message))
+        return BlankSegment(ref.length)
+
+    def _encode(self, ref: SampleRef) -> EncodedSample:
+        if ref.source not in self._readers:
+            self._readers[ref.source] = ShardReader(self.folders[ref.source])
+        sample = self._readers[ref.source].read(ref.shard, ref.row, media=True)
+        try:
+            encoded = self.encoder.encode(sample, ref.source)
+        except OSError as error:
+            # Decoders raise it for bad bytes; only reading a shard is the machine's affair.
+            raise SampleError(f"cannot be decoded ({error})", cause="unexpected") from error
+        if len(encoded.input_ids) != ref.length:
+            raise SampleError(
+                f"{len(encoded.input_ids)} tokens, but {ref.length} were counted when the run was planned. "
+                f"Index the folder again",
+                cause="length_changed",
+            )
+        return encoded
+
+
+def start_worker(_worker_id: int) -> None:
+    """Makes a worker deaf to SIGINT and SIGTERM: the rank answers them, and still needs its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

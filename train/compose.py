@@ -1,0 +1,137 @@
+"""From YAML and command-line words to a checked `RunConfig`. Imports no torch, so that a bad recipe
+is refused at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train.config import RunConfig, all_problems
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def register() -> None:
+    """Stores the schema and every recipe in Hydra's ConfigStore. Call before `@hydra.main`."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        store.store(name=path.stem, group="recipe", node=OmegaConf.load(path), package="_global_")
+
+
+def to_run_config(composed: DictConfig) -> RunConfig:
+    """Returns the dataclasses behind a composed config.
+
+    Raises:
+        ValueError: with every mistake on a line of its own that starts with its config path.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ValueError("\n".join(_unset(key) for key in missing))
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig)
+    found = all_problems(config)
+    if found:
+        raise ValueError("\n".join(found))
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Returns the YAML that `RUN/config.yaml` keeps."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+@contextmanager
+def readable_errors(every_rank: bool = False) -> Iterator[None]:
+    """Prints mistakes a person can mend without a traceback and exits with 2.
+
+    Until the ranks have met they all make the same mistakes, so only the first prints; later
+    (`every_rank`) each speaks for itself.
+    """
+    rank = os.environ.get("RANK", "0")
+    quiet = rank != "0" and not every_rank
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through instead of printing them
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(reword(error), quiet)
+    except ValueError as error:
+        _refuse(str(error), quiet)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _refuse(f"{error.filename or 'file system'}: {error.strerror}. Mend it and start again.", quiet)
+
+
+def _refuse(text: str, quiet: bool) -> None:
+    if sys.flags.dev_mode:  # python -X dev shows the traceback
+        raise
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def reword(error: Exception) -> str:
+    """Returns Hydra's or OmegaConf's message in the project's form, with the nearest known name."""
+    text = str(error)
+    cause = error.__cause__
+    detail = str(cause) if cause is not None else text
+    unset = re.search(r"Missing mandatory value: ([\w.]+)", text)
+    if unset:
+        return _unset(unset.group(1))
+    missing_option = re.search(r"Could not find '([\w/]+)/([^'/]+)'", text)
+    if missing_option:
+        return _unknown_option(*missing_option.groups())
+    key = re.search(r"full_key: ([\w.\[\]]+)", detail + "\n" + text)
+    path = key.group(1) if key else ""
+    if "is not in struct" in detail or "not in 'RunConfig'" in detail or re.search(r"Key '.*' not in", detail):
+        return _unknown_key(path or _override_in(text))
+    reason = detail.splitlines()[0].rstrip(".")
+    return f"{path or _override_in(text) or 'command line'}: {reason}. See --cfg job for what is allowed."
+
+
+def _unset(path: str) -> str:
+    return f"{path}: it is not set. Set it, as in {path}=..."
+
+
+def _override_in(text: str) -> str:
+    found = re.search(r"Could not override '([\w.]+)'", text)
+    return found.group(1) if found else ""
+
+
+def _unknown_option(group: str, name: str) -> str:
+    group = group.removeprefix("configs/")
+    if group == "recipe":
+        known = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+    else:
+        known = sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
+    return f"{group}='{name}': there is none of that name.{_nearest(name, known)} Known: {', '.join(known)}."
+
+
+def _unknown_key(path: str) -> str:
+    schema = OmegaConf.structured(RunConfig)
+    known = sorted(_paths(schema))
+    return f"{path}: not a known key.{_nearest(path, known)} See every key with --cfg job."
+
+
+def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in node:
+        yield prefix + str(name)
+        child = node._get_node(str(name))
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from _paths(child, f"{prefix}{name}.")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,301 @@
+"""The whole configuration of a run, as typed dataclasses. Never imports torch.
+
+A config path, its attribute path here and the text of its errors are the same string:
+`data.pack.length`. Every config reports its own mistakes with `problems()`; `all_problems` walks
+the tree and collects them, so that a person sees all of them at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from data.config import DataConfig
+from data.geometry import MediaConfig
+from train.model.config import ModelConfig
+
+MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj")
+"""The five parts a person freezes, tunes and gives a learning rate."""
+
+
+class Zero(Enum):
+    """How weights, gradients and optimizer state are spread over the ranks."""
+
+    none = "none"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    zero2_offload = "zero2_offload"
+    zero3_offload = "zero3_offload"
+
+    @property
+    def stage(self) -> int:
+        """DeepSpeed's ZeRO stage; 0 is plain DDP."""
+        return 0 if self is Zero.none else int(self.value[4])
+
+    @property
+    def offload(self) -> bool:
+        """Whether optimizer state lives in host memory."""
+        return self.value.endswith("_offload")
+
+
+class Precision(Enum):
+    """Arithmetic of the forward and backward pass. Master weights and moments are always fp32."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Resume(Enum):
+    """`auto` goes on from the newest complete checkpoint; `never` wants an empty run folder."""
+
+    auto = "auto"
+    never = "never"
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+    wsd = "wsd"
+
+
+class LossNorm(Enum):
+    """What every supervised token weighs: the same, 1/n of its sample's n tokens, or 1/sqrt(n)."""
+
+    token = "token"
+    sample = "sample"
+    sqrt = "sqrt"
+
+
+class WandbMode(Enum):
+    """Where Weights & Biases logs go."""
+
+    off = "off"
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModuleLR:
+    """Learning rates that replace `optim.lr` for one module."""
+
+    vision_encoder: float | None = None
+    vision_proj: float | None = None
+    llm: float | None = None
+    audio_encoder: float | None = None
+    audio_proj: float | None = None
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        return [
+            f"{name}={value}: must be above 0. Freeze the module with tune_{name}=false instead."
+            for name in MODULES
+            if (value := getattr(self, name)) is not None and value <= 0
+        ]
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its schedule. `warmup` and `decay` are shares of all steps; `decay` is for wsd."""
+
+    lr: float = 1e-5
+    module_lr: ModuleLR = field(default_factory=ModuleLR)
+    schedule: Schedule = Schedule.cosine
+    warmup: float = 0.03
+    decay: float = 0.1
+    min_factor: float = 0.0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    clip: float = 1.0
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        found = []
+        if self.lr <= 0:
+            found.append(f"lr={self.lr}: must be above 0. Use 1e-5 for omni_sft, 1e-3 for a connector.")
+        for name, low, high in (("warmup", 0, 1), ("min_factor", 0, 1), ("beta1", 0, 1), ("beta2", 0, 1)):
+            value = getattr(self, name)
+            if not low <= value < high:
+                found.append(f"{name}={value}: must be at least {low} and below {high}.")
+        if self.schedule is Schedule.wsd and not 0 < self.decay <= 1 - self.warmup:
+            found.append(f"decay={self.decay}: must be above 0 and fit beside warmup={self.warmup}. Use 0.1.")
+        if self.weight_decay < 0:
+            found.append(f"weight_decay={self.weight_decay}: must not be negative. Use 0.1.")
+        for name, good in (("eps", 1e-8), ("clip", 1.0)):
+            if getattr(self, name) <= 0:
+                found.append(f"{name}={getattr(self, name)}: must be above 0. Use {good}.")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Length and batch of a run. Without `steps` and `epochs` it is one epoch of the mixture."""
+
+    steps: int | None = None
+    epochs: float | None = None
+    packs_per_step: int = 64
+    micro_batch_packs: int = 1
+    loss: LossNorm = LossNorm.token
+    max_skipped_steps: int = 10
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        found = []
+        if self.steps is not None and self.epochs is not None:
+            found.append(f"steps={self.steps}: train.epochs={self.epochs} is set too. Set one of them.")
+        for name in ("steps", "epochs", "packs_per_step", "micro_batch_packs", "max_skipped_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                found.append(f"{name}={value}: must be above 0.")
+        if not found and self.packs_per_step % self.micro_batch_packs:
+            found.append(
+                f"micro_batch_packs={self.micro_batch_packs}: must divide "
+                f"train.packs_per_step={self.packs_per_step}. Use 1."
+            )
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Held-out loss: every `every` steps (0: only at the end), over at most `max_packs` packs."""
+
+    every: int = 0
+    max_packs: int = 256
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        found = []
+        if self.every < 0:
+            found.append(f"every={self.every}: must not be negative. Use 0 for the end of the run only.")
+        if self.max_packs < 1:
+            found.append(f"max_packs={self.max_packs}: must be at least 1. Use 256.")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """How often to save and how many to keep."""
+
+    every: int = 500
+    keep: int = 2
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        return [
+            f"{name}={getattr(self, name)}: must be at least 1."
+            for name in ("every", "keep")
+            if getattr(self, name) < 1
+        ]
+
+
+@dataclass(kw_only=True, slots=True)
+class LogConfig:
+    """What is shown. `peak_tflops` of one device is needed for MFU where it is not known by name."""
+
+    every: int = 10
+    peak_tflops: float | None = None
+    wandb: WandbMode = WandbMode.off
+    wandb_project: str = "omni-trainer"
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong, one line each."""
+        found = []
+        if self.every < 1:
+            found.append(f"every={self.every}: must be at least 1. Use 10.")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            found.append(f"peak_tflops={self.peak_tflops}: must be above 0. Use null.")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One stage of training: what `--cfg job` prints and `RUN/config.yaml` keeps.
+
+    `parents` are the recipes whose result `init_from` may name.
+    """
+
+    stage: str = "???"
+    run: str = "runs/${stage}"
+    resume: Resume = Resume.auto
+    init_from: str | None = None
+    parents: list[str] = field(default_factory=list)
+    seed: int = 0
+    tune_vision_encoder: bool = False
+    tune_vision_proj: bool = False
+    tune_llm: bool = False
+    tune_audio_encoder: bool = False
+    tune_audio_proj: bool = False
+    zero: Zero = Zero.zero2
+    precision: Precision = Precision.bf16
+    model: ModelConfig = field(default_factory=ModelConfig)
+    media: MediaConfig = field(default_factory=MediaConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def tuned(self) -> dict[str, bool]:
+        """Which of the five modules train."""
+        return {name: getattr(self, f"tune_{name}") for name in MODULES}
+
+    def learning_rate(self, module: str) -> float:
+        """Returns the peak learning rate of one module."""
+        own = getattr(self.optim.module_lr, module)
+        return self.optim.lr if own is None else own
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong between the parts, one line each."""
+        found = []
+        if not any(self.tuned.values()):
+            found.append(
+                "tune_llm=false: every module is frozen, so nothing would train. "
+                f"Set one of {', '.join('tune_' + name for name in MODULES)} to true."
+            )
+        for name in MODULES:
+            value = getattr(self.optim.module_lr, name)
+            if value is not None and not self.tuned[name]:
+                found.append(
+                    f"optim.module_lr.{name}={value}: {name} is frozen. "
+                    f"Set tune_{name}=true or remove the learning rate."
+                )
+            if getattr(self.model.recompute, name, False) and not self._has_activations(name):
+                found.append(f"model.recompute.{name}=true: {name} keeps no activations. Set it to false.")
+        if self.data.pack.length > self.model.llm.max_positions:
+            found.append(
+                f"data.pack.length={self.data.pack.length}: longer than "
+                f"model.llm.max_positions={self.model.llm.max_positions}. Use at most that."
+            )
+        if self.init_from and not self.parents:
+            found.append(
+                f"init_from={self.init_from}: recipe {self.stage} accepts no parent. "
+                "Name the stages it may start from in parents."
+            )
+        return found
+
+    def _has_activations(self, module: str) -> bool:
+        # The language model lies behind every connector, so its activations are kept whenever
+        # anything trains; a frozen tower runs without gradients.
+        return module == "llm" or self.tuned[module]
+
+
+def all_problems(config: Any, path: str = "") -> list[str]:
+    """Returns every mistake in a tree of configs, each line starting with its full config path."""
+    prefix = f"{path}." if path else ""
+    found = [prefix + line for line in config.problems()]
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            found += all_problems(value, prefix + entry.name)
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                found += all_problems(item, f"{prefix}{entry.name}.{name}")
+    return found

@@ -1,0 +1,87 @@
+"""Joins the data side to a run: tables of samples, the plan, and this rank's loader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from data.counts import Tables, build_tables
+from data.encode import Encoder
+from data.loader import Loader
+from data.plan import Planner
+from data.tokenizer import load_tokenizer
+from train.config import RunConfig
+from train.engine import Engine
+from train.flops import sample_cost
+
+__all__ = ["Tables", "build_encoder", "build_loader", "build_planner", "load_tables"]
+
+
+def build_encoder(config: RunConfig) -> Encoder:
+    """Returns the encoder of samples, after checking that the tokenizer fits the model.
+
+    Raises:
+        ValueError: the tokenizer has more words than the model.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.llm.vocab:
+        raise ValueError(
+            f"model.llm.vocab={config.model.llm.vocab}: the tokenizer has {tokenizer.vocab_size} words. "
+            f"Use at least that."
+        )
+    return Encoder(config.data, config.media, tokenizer)
+
+
+def load_tables(config: RunConfig, engine: Engine, encoder: Encoder, split: str) -> Tables:
+    """Returns the samples of one split. Token counts are computed once, by the main rank of a node."""
+    cost = sample_cost(config.model, config.media, config.tuned)
+
+    def build() -> Tables:
+        return build_tables(
+            config.data,
+            config.media,
+            encoder,
+            split=split,
+            cost=cost,
+            drop_text_only=not config.tune_llm and split == "train",
+        )
+
+    if engine.accelerator.is_local_main_process:
+        tables = build()
+        engine.barrier()
+        return tables
+    engine.barrier()  # the counts are cached by now
+    return build()
+
+
+def build_planner(config: RunConfig, tables: Tables, *, epochs: float | None) -> Planner:
+    """Returns the plan over `tables`; `epochs` None runs on for ever."""
+    facts = [tables.digest, config.data.pack.length, config.data.pack.buffer, config.train.packs_per_step]
+    fingerprint = hashlib.blake2b(json.dumps([*facts, config.seed]).encode(), digest_size=8).hexdigest()
+    return Planner(
+        tables.tables,
+        config.data.pack,
+        config.train.packs_per_step,
+        seed=config.seed,
+        shuffle_shards=config.data.shuffle_shards,
+        epochs=epochs,
+        fingerprint=fingerprint,
+    )
+
+
+def build_loader(
+    config: RunConfig, engine: Engine, tables: Tables, encoder: Encoder, planner: Planner
+) -> Loader:
+    """Returns this rank's loader over a plan."""
+    return Loader(
+        planner,
+        tables.folders,
+        encoder,
+        config=config.data,
+        media=config.media,
+        pad_id=encoder.tokenizer.special("<|pad|>"),
+        micro_batch_packs=config.train.micro_batch_packs,
+        loss=config.train.loss.value,
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )

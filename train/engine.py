@@ -1,0 +1,476 @@
+"""The one place that drives accelerate and DeepSpeed: one small `Engine`, two backends.
+
+`DDPEngine` is plain data parallelism (or one process); `DeepSpeedEngine` is ZeRO 1, 2, 3 with or
+without CPU offload. Both take gradients of a *sum* over the global batch: a caller divides its
+loss by the global count and calls `backward`; the engine undoes every averaging of its library.
+
+Both hand out the master weights and AdamW moments they hold as `Fragment`s, flat views with the
+parameter's name and range, so that train/checkpoint.py needs to know nothing about partitions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from train.config import Precision, RunConfig
+from train.optim import build_optimizer, group_module
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What an update did. `module_norms` are gradient norms before clipping, per module."""
+
+    applied: bool
+    grad_norm: float
+    module_norms: dict[str, float]
+
+
+@dataclass(slots=True)
+class Fragment:
+    """Elements [start, stop) of a flattened parameter, as views that may be read or written.
+
+    `tensors` holds `weight` (fp32 master where it trains) and, where it trains, both moments.
+    `replicated` says that every rank holds the same fragment.
+    """
+
+    name: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    replicated: bool = False
+
+
+class Engine(ABC):
+    """A model with its optimizer, spread over the ranks."""
+
+    def __init__(self, config: RunConfig, accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+        on_device = self.world_size > 1 and dist.get_backend() != "gloo"
+        self._host_group = dist.new_group(backend="gloo") if on_device else None
+        self.model: nn.Module
+        self.optimizer: torch.optim.Optimizer
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that writes logs."""
+        return self.rank == 0
+
+    @abstractmethod
+    def forward(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the model's (weighted loss sum, loss per supervised row)."""
+
+    @abstractmethod
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
+        """Wraps forward and backward of one micro-batch; `last` is the one before `step`."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds gradients of `loss`, this rank's share of a sum over all ranks and micro-batches."""
+
+    @abstractmethod
+    def step(self) -> StepResult:
+        """Clips, checks that all is finite, and updates on all ranks or on none."""
+
+    @abstractmethod
+    def trained_fragments(self) -> Iterator[Fragment]:
+        """Yields what this rank holds of trained parameters: master weights and moments."""
+
+    @abstractmethod
+    def frozen_fragments(self) -> Iterator[Fragment]:
+        """Yields what this rank holds of frozen parameters."""
+
+    @abstractmethod
+    def optimizer_step_count(self) -> int:
+        """Returns how many updates the optimizer has applied."""
+
+    @abstractmethod
+    def start_moments(self, step_count: int) -> None:
+        """Creates zero moments as they would stand after `step_count` updates."""
+
+    @abstractmethod
+    def publish_weights(self) -> None:
+        """Copies master weights that were written through fragments to where the model reads them."""
+
+    def set_lr(self, factor: float) -> None:
+        """Sets every parameter group to `factor` times its peak learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Returns the element-wise sum over all ranks, through host memory: no device is waited for."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._host_group)
+        return tensor.tolist()
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of `tensor` over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, value) -> list:
+        """Returns every rank's `value`, on every rank. Slow: for errors and saves."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leaves the process group after every rank has come here."""
+        self.barrier()
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _groups_to_modules(self, norms: list[float]) -> StepResult:
+        squares: dict[str, float] = {}
+        for group, norm in zip(self.optimizer.param_groups, norms):
+            module = group_module(group)
+            squares[module] = squares.get(module, 0.0) + norm * norm
+        modules = {name: math.sqrt(value) for name, value in squares.items()}
+        total = math.sqrt(sum(squares.values()))
+        return StepResult(applied=True, grad_norm=total, module_norms=modules)
+
+
+class DDPEngine(Engine):
+    """One process, or DistributedDataParallel. bf16 is autocast over fp32 weights."""
+
+    def __init__(self, config: RunConfig, accelerator, model: nn.Module) -> None:
+        super().__init__(config, accelerator)
+        self.model = model.to(self.device)
+        self.optimizer = build_optimizer(model, config, fused=self.device.type == "cuda")
+        self.wrapped = accelerator.prepare_model(self.model) if self.world_size > 1 else self.model
+
+    def forward(self, batch):  # noqa: D102
+        module = self.wrapped if torch.is_grad_enabled() else self.model
+        return self._autocast(module, batch)
+
+    def _autocast(self, module, batch):
+        enabled = self.config.precision is Precision.bf16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            return module(batch)
+
+    def micro_batch(self, last):  # noqa: D102
+        # Gradients are reduced only with the last micro-batch of a step.
+        no_sync = getattr(self.wrapped, "no_sync", contextlib.nullcontext)
+        return contextlib.nullcontext() if last else no_sync()
+
+    def backward(self, loss):  # noqa: D102
+        (loss * self.world_size).backward()
+
+    def step(self):  # noqa: D102
+        groups = [[p.grad for p in group["params"]] for group in self.optimizer.param_groups]
+        norms = torch.stack([_norm(grads) for grads in groups]).tolist()
+        result = self._groups_to_modules(norms)
+        result.applied = math.isfinite(result.grad_norm)
+        if result.applied:
+            scale = self.config.optim.clip / (result.grad_norm + 1e-6)
+            if scale < 1:
+                torch._foreach_mul_([grad for grads in groups for grad in grads], scale)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def trained_fragments(self):  # noqa: D102
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                state = self.optimizer.state.get(parameter, {})
+                tensors = {"weight": parameter.data} | {key: state[key] for key in MOMENTS if key in state}
+                yield _whole(name, parameter, tensors)
+
+    def frozen_fragments(self):  # noqa: D102
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                yield _whole(name, parameter, {"weight": parameter.data})
+
+    def optimizer_step_count(self):  # noqa: D102
+        return _step_count(self.optimizer)
+
+    def start_moments(self, step_count):  # noqa: D102
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                _start_state(self.optimizer, parameter, step_count)
+
+    def publish_weights(self):  # noqa: D102
+        pass
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO 1, 2 or 3. bf16 keeps bf16 weights beside fp32 masters in the optimizer."""
+
+    def __init__(self, config: RunConfig, accelerator, model: nn.Module) -> None:
+        super().__init__(config, accelerator)
+        self.model = model
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        optimizer = build_optimizer(model, config, fused=self.device.type == "cuda")
+        prepared = accelerator.prepare(model, optimizer)
+        self.ds = prepared[0]
+        self.zero = self.ds.optimizer
+        self.optimizer = self.zero.optimizer
+        self._norms: list[float] = []
+        self._record_group_norms()
+
+    def _record_group_norms(self) -> None:
+        # DeepSpeed computes a norm per group (per sub-group in stage 3) on its way to the global
+        # one and forgets it. Listening costs nothing; computing it again would cost a pass.
+        name = "complete_grad_norm_calculation_for_cpu_offload" if self.config.zero.offload else "get_grad_norm_direct"
+        original = getattr(self.zero, name)
+
+        def listen(*arguments, **keywords):
+            norm = original(*arguments, **keywords)
+            self._norms.append(float(norm))
+            return norm
+
+        setattr(self.zero, name, listen)
+
+    def forward(self, batch):  # noqa: D102
+        return self.ds(batch)
+
+    @contextlib.contextmanager
+    def micro_batch(self, last):  # noqa: D102
+        self.ds.set_gradient_accumulation_boundary(last)
+        yield
+        if not last:
+            self.ds.step()  # only counts the micro-batch
+
+    def backward(self, loss):  # noqa: D102
+        self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self):  # noqa: D102
+        self._norms.clear()
+        self.ds.step()
+        result = self._groups_to_modules(self._group_norms())
+        result.applied = bool(self.ds.was_step_applied())
+        if not result.applied:
+            result.grad_norm = math.inf
+        return result
+
+    def _group_norms(self) -> list[float]:
+        if self.config.zero.stage < 3:
+            return self._norms
+        squares = [0.0] * len(self.optimizer.param_groups)
+        for sub_group, norm in enumerate(self._norms):
+            squares[self.zero.sub_group_to_group_id[sub_group]] += norm * norm
+        return [math.sqrt(value) for value in squares]
+
+    def trained_fragments(self):  # noqa: D102
+        return self._stage3_fragments() if self.config.zero.stage == 3 else self._stage12_fragments()
+
+    def _stage12_fragments(self) -> Iterator[Fragment]:
+        zero = self.zero
+        for index, flat in enumerate(zero.single_partition_of_fp32_groups):
+            begin = zero.partition_size[index] * self.rank
+            end = begin + zero.partition_size[index]
+            offsets = zero.round_robin_bit16_offsets[index]
+            for parameter, offset in zip(zero.round_robin_bit16_groups[index], offsets):
+                first, last = max(offset, begin), min(offset + parameter.numel(), end)
+                if first < last:
+                    yield self._fragment(parameter, first - offset, last - offset, flat, first - begin)
+
+    def _stage3_fragments(self) -> Iterator[Fragment]:
+        zero = self.zero
+        for group in zero.fp16_groups:
+            for parameter in group:
+                sub_group, place, size = zero.grad_position[zero.get_param_id(parameter)]
+                first = size * self.rank
+                last = min(first + size, parameter.ds_numel)
+                if first < last:
+                    flat = zero.fp32_partitioned_groups_flat[sub_group]
+                    yield self._fragment(parameter, first, last, flat, place)
+
+    def _fragment(self, parameter, start: int, stop: int, flat: torch.Tensor, place: int) -> Fragment:
+        name = self._names[id(parameter)]
+        state = self.optimizer.state.get(flat, {})
+        sources = {"weight": flat.data} | {key: state[key] for key in MOMENTS if key in state}
+        views = {key: source.narrow(0, place, stop - start) for key, source in sources.items()}
+        return Fragment(name, start, stop, self._shapes[name], views)
+
+    def frozen_fragments(self):  # noqa: D102
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                continue
+            name = self._names[id(parameter)]
+            if self.config.zero.stage < 3:
+                yield _whole(name, parameter, {"weight": parameter.data})
+                continue
+            size = parameter.ds_tensor.ds_numel
+            first, last = size * self.rank, min(size * (self.rank + 1), parameter.ds_numel)
+            if first < last:
+                view = parameter.ds_tensor.data.view(-1).narrow(0, 0, last - first)
+                yield Fragment(name, first, last, self._shapes[name], {"weight": view})
+
+    def optimizer_step_count(self):  # noqa: D102
+        return _step_count(self.optimizer)
+
+    def start_moments(self, step_count):  # noqa: D102
+        stage3 = self.config.zero.stage == 3
+        flats = self.zero.fp32_partitioned_groups_flat if stage3 else self.zero.single_partition_of_fp32_groups
+        for flat in flats:
+            _start_state(self.optimizer, flat, step_count)
+
+    @torch.no_grad()
+    def publish_weights(self):  # noqa: D102
+        zero = self.zero
+        if self.config.zero.stage == 3:
+            zero._partition_all_parameters()
+            for sub_group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            return
+        for index, flat in enumerate(zero.single_partition_of_fp32_groups):
+            parts = zero.parallel_partitioned_bit16_groups[index]
+            parts[self.rank].data.copy_(flat.data)
+            if self.world_size > 1:
+                dist.all_gather_into_tensor(zero.bit16_groups_flat[index], parts[self.rank].clone())
+
+
+def _whole(name: str, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Fragment:
+    flat = {key: tensor.view(-1) for key, tensor in tensors.items()}
+    return Fragment(name, 0, parameter.numel(), tuple(parameter.shape), flat, replicated=True)
+
+
+def _norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+
+
+def _step_count(optimizer) -> int:
+    counts = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
+    assert len(counts) <= 1, f"optimizer steps differ: {counts}"
+    return counts.pop() if counts else 0
+
+
+def _start_state(optimizer, parameter: torch.Tensor, step_count: int) -> None:
+    """Gives `parameter` the state that torch's AdamW or DeepSpeed's CPU Adam makes by itself."""
+    state = optimizer.state[parameter]
+    if isinstance(optimizer, torch.optim.AdamW):
+        fused = bool(optimizer.defaults.get("fused"))
+        state["step"] = torch.tensor(float(step_count), device=parameter.device if fused else "cpu")
+    else:
+        state["step"] = step_count
+    for key in MOMENTS:
+        state[key] = torch.zeros_like(parameter.data)
+
+
+def start_engine(config: RunConfig):
+    """Returns an `Accelerator` of the kind that `config.zero` needs, process group running.
+
+    Raises:
+        ValueError: the launcher's environment, the number of ranks or the machine do not fit.
+    """
+    _complete_environment()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if config.zero.stage == 0:
+        # Set by `accelerate launch --use_deepspeed`; with it, plain DDP would want a plugin.
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+
+    world_size = int(os.environ["WORLD_SIZE"])
+    _check_world(config, world_size)
+    plugin = _plugin(config, world_size) if config.zero.stage else None
+    if not torch.cuda.is_available():
+        PartialState(cpu=True)  # otherwise accelerate takes every CPU rank for a world of its own
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    precision = "bf16" if config.precision is Precision.bf16 and plugin else "no"
+    return Accelerator(
+        deepspeed_plugin=plugin,
+        mixed_precision=precision,
+        kwargs_handlers=[ddp],
+        cpu=not torch.cuda.is_available(),
+        gradient_accumulation_steps=accumulation(config, world_size),
+    )
+
+
+def build_engine(config: RunConfig, accelerator, model: nn.Module) -> DDPEngine | DeepSpeedEngine:
+    """Returns the engine of the kind `config.zero` asks for around `model`."""
+    return (DeepSpeedEngine if config.zero.stage else DDPEngine)(config, accelerator, model)
+
+
+def accumulation(config: RunConfig, world_size: int) -> int:
+    """Returns the micro-batches of one rank in one global step."""
+    return config.train.packs_per_step // (world_size * config.train.micro_batch_packs)
+
+
+def _complete_environment() -> None:
+    if "RANK" in os.environ:
+        return
+    if "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']}: set without RANK, so this process does not know which "
+            "rank it is. Start it with `accelerate launch` or torchrun, or unset MASTER_ADDR."
+        )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(values | {"MASTER_PORT": str(port)})
+
+
+def _check_world(config: RunConfig, world_size: int) -> None:
+    packs = world_size * config.train.micro_batch_packs
+    if config.train.packs_per_step % packs:
+        nearest = max(1, round(config.train.packs_per_step / packs)) * packs
+        raise ValueError(
+            f"train.packs_per_step={config.train.packs_per_step}: not divisible among {world_size} ranks of "
+            f"train.micro_batch_packs={config.train.micro_batch_packs}. Use {nearest}."
+        )
+
+
+def _plugin(config: RunConfig, world_size: int):
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f"zero={config.zero.value}: deepspeed cannot be imported ({error}). Use zero=none, or Linux."
+        ) from error
+    from accelerate import DeepSpeedPlugin
+
+    # Its first use would compile for a minute, for a shortcut between CPU ranks only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    cuda = torch.cuda.is_available()
+    zero: dict = {"stage": config.zero.stage, "contiguous_gradients": True, "overlap_comm": cuda}
+    if config.zero.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+        if config.zero.stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
+    settings: dict = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_packs,
+        "gradient_accumulation_steps": accumulation(config, world_size),
+        "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": config.precision is Precision.bf16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if config.zero.stage >= 2:
+        # Stage 1 with fp32 accumulation would switch DeepSpeed to another optimizer.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return DeepSpeedPlugin(hf_ds_config=settings)

@@ -1,0 +1,48 @@
+"""Held-out loss: the same packs whatever the number of ranks, a sum over all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from data.encode import Encoder
+from data.loader import Loader
+from data.plan import Planner
+from train.config import RunConfig
+from train.data import Tables, build_loader, build_planner
+from train.engine import Engine
+from train.meters import LossMeter
+
+
+class HeldOut:
+    """Evaluates an engine on the held-out samples, over at most `eval.max_packs` packs."""
+
+    def __init__(self, config: RunConfig, engine: Engine, tables: Tables, encoder: Encoder) -> None:
+        # One worker is enough here, and none of the training's workers has to give way.
+        loading = dataclasses.replace(config.data, workers=min(config.data.workers, 1))
+        self.config = dataclasses.replace(config, data=loading)
+        self.engine = engine
+        self.tables = tables
+        self.encoder = encoder
+
+    def __call__(self) -> dict[str, Any] | None:
+        """Returns loss, loss_by_source and loss_by_modality; None without held-out samples."""
+        if not self.tables.tables:
+            return None
+        planner: Planner = build_planner(self.config, self.tables, epochs=1.0)
+        loader: Loader = build_loader(self.config, self.engine, self.tables, self.encoder, planner)
+        steps = max(1, self.config.eval.max_packs // self.config.train.packs_per_step)
+        meter = LossMeter([table.name for table in self.tables.tables], self.engine.device)
+        self.engine.model.eval()
+        with torch.no_grad():
+            for work in loader:
+                for on_host in work.batches:
+                    batch = on_host.to(self.engine.device)
+                    meter.add(batch, self.engine.forward(batch)[1])
+                if work.step == steps:
+                    break
+        loader.close()
+        self.engine.model.train()
+        return meter.read(self.engine.all_reduce(meter.sums).tolist())

@@ -1,0 +1,232 @@
+"""Necessary FLOPs of the model: what strict MFU and the planner's costs are made of.
+
+Necessary means: causal attention by real segment, the head on supervised positions only, every
+picture and clip at its real size; no padding, recomputation or embedding look-up, nor any gradient
+that nobody uses. A multiply-add is 2 FLOPs. Neither torch nor the model is needed here.
+
+The model is one literal list of `Term`s, each proportional to one count of `Work`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.geometry import MediaConfig
+from train.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from data.sample import Batch
+
+Flags = Mapping[str, bool]
+"""Which of vision_encoder, vision_proj, llm, audio_encoder, audio_proj train."""
+
+VISION = ("vision_encoder", "vision_proj")
+EVERYTHING = (*VISION, "llm", "audio_encoder", "audio_proj")
+
+# bf16 tensor cores without sparsity, FLOP/s, from the makers' data sheets. The first name that the
+# device's name contains counts, so longer names stand before their beginnings.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989.5e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.5e12,
+    "H800": 989.5e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Returns the dense bf16 peak of a device by its CUDA name, in FLOP/s; None where it is not known."""
+    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Counts that FLOPs are proportional to: numbers, or arrays with one entry per sample.
+
+    `pairs` are (query, key) pairs of the language model; `patch_pairs` and `frame_pairs` those of
+    the towers, n^2 per slice and clip. `frames` are encoder frames, half the mel frames.
+    """
+
+    tokens: Any = 0
+    pairs: Any = 0
+    supervised: Any = 0
+    slices: Any = 0
+    patches: Any = 0
+    patch_pairs: Any = 0
+    frames: Any = 0
+    frame_pairs: Any = 0
+    audio_tokens: Any = 0
+
+
+def measure(
+    lengths: Sequence[int],
+    supervised: int,
+    patches: Sequence[int],
+    frames: Sequence[int],
+    media: MediaConfig,
+    *,
+    causal: bool = True,
+) -> Work:
+    """Returns the work of a micro-batch.
+
+    Args:
+        lengths: tokens of every segment, padding left out.
+        supervised: positions that carry loss.
+        patches: patches of every slice.
+        frames: encoder frames of every clip.
+        media: decides how many tokens a clip becomes.
+        causal: False counts s * s pairs a segment, as a counter that sees dense attention does.
+    """
+    return Work(
+        tokens=sum(lengths),
+        pairs=sum(s * (s + 1) / 2 if causal else s * s for s in lengths),
+        supervised=supervised,
+        slices=len(patches),
+        patches=sum(patches),
+        patch_pairs=sum(n * n for n in patches),
+        frames=sum(frames),
+        frame_pairs=sum(f * f for f in frames),
+        audio_tokens=sum(f // 2 if media.audio.pool else f for f in frames),
+    )
+
+
+def work_of(batch: Batch, media: MediaConfig) -> Work:
+    """Returns the work of a micro-batch that is still on the CPU (reading it later would wait for the device).
+
+    The blank picture and clip of a batch without media are not counted.
+    """
+    clips = batch.audio.cu_seqlens.diff().tolist() if batch.audio.bos_index.numel() else []
+    grids = batch.vision.grids if batch.vision.index.numel() else []
+    return measure(
+        [info.tokens for info in batch.samples],
+        batch.supervised.numel(),
+        [rows * columns for rows, columns in grids],
+        clips,
+        media,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One product of the model: `flops` per unit of the count `per`.
+
+    `owner` holds its weights (None: attention, which has none). `upstream` are the modules that
+    have trained parameters before its input, its owner included where that is so.
+    """
+
+    part: str
+    per: str
+    flops: float
+    owner: str | None
+    upstream: tuple[str, ...]
+
+    def passes(self, tuned: Flags) -> int:
+        """Returns how many times its forward FLOPs a training step needs."""
+        data_gradient = any(tuned[name] for name in self.upstream)
+        if self.owner is None:
+            return 1 + 2 * data_gradient
+        return 1 + data_gradient + tuned[self.owner]
+
+
+def terms(config: ModelConfig, media: MediaConfig) -> list[Term]:
+    """Returns every product of the model, in the order in which data meets them."""
+    return [*_vision_terms(config, media), *_audio_terms(config, media), *_llm_terms(config)]
+
+
+def _vision_terms(config: ModelConfig, media: MediaConfig) -> list[Term]:
+    tower, width, queries = config.vision, config.llm.width, media.image.queries
+    pixels = 3 * media.image.patch_pixels**2
+    block = 4 * tower.width**2 + 2 * tower.width * tower.intermediate
+    encoder, proj = "vision_encoder", "vision_proj"
+    return [
+        Term("vision_linear", "patches", 2 * pixels * tower.width, encoder, ()),
+        Term("vision_linear", "patches", 2 * tower.layers * block, encoder, (encoder,)),
+        Term("vision_attention", "patch_pairs", 4 * tower.layers * tower.width, None, (encoder,)),
+        Term("resampler", "patches", 2 * tower.width * width, proj, (encoder,)),
+        Term("resampler", "patches", 2 * 2 * width**2, proj, VISION),
+        Term("resampler", "slices", 2 * queries * width**2, proj, (proj,)),
+        Term("resampler", "patches", 4 * queries * width, None, VISION),
+        Term("resampler", "slices", 2 * 2 * queries * width**2, proj, VISION),
+    ]
+
+
+def _audio_terms(config: ModelConfig, media: MediaConfig) -> list[Term]:
+    tower, encoder = config.audio, "audio_encoder"
+    kernel, mel_frames_per_frame = 3, 2
+    first = mel_frames_per_frame * kernel * media.audio.mel_bins * tower.width
+    return [
+        Term("audio_conv", "frames", 2 * first, encoder, ()),
+        Term("audio_conv", "frames", 2 * kernel * tower.width**2, encoder, (encoder,)),
+        Term("audio_linear", "frames", 2 * tower.layers * 12 * tower.width**2, encoder, (encoder,)),
+        Term("audio_attention", "frame_pairs", 4 * tower.layers * tower.width, None, (encoder,)),
+        Term("audio_proj", "audio_tokens", 2 * tower.width * config.llm.width, "audio_proj", (encoder,)),
+    ]
+
+
+def _llm_terms(config: ModelConfig) -> list[Term]:
+    llm = config.llm
+    attention = llm.width * llm.head_dim * 2 * (llm.heads + llm.kv_heads)
+    block = attention + 3 * llm.width * llm.intermediate
+    return [
+        Term("llm_linear", "tokens", 2 * llm.layers * block, "llm", EVERYTHING),
+        Term("llm_attention", "pairs", 4 * llm.layers * llm.heads * llm.head_dim, None, EVERYTHING),
+        Term("head", "supervised", 2 * llm.width * llm.vocab, "llm", EVERYTHING),
+    ]
+
+
+def forward_flops(work: Work, config: ModelConfig, media: MediaConfig) -> dict[str, Any]:
+    """Returns the FLOPs of one forward pass by part of the model."""
+    return training_flops(work, config, media, dict.fromkeys(EVERYTHING, False))
+
+
+def training_flops(work: Work, config: ModelConfig, media: MediaConfig, tuned: Flags) -> dict[str, Any]:
+    """Returns the FLOPs of forward and backward by part of the model.
+
+    The stage rule: forward always; as much again for the data gradient if anything trained lies
+    upstream; as much again for the weight gradient if the owner trains. Attention's backward is
+    twice its forward.
+    """
+    parts: dict[str, Any] = {}
+    for term in terms(config, media):
+        flops = term.flops * getattr(work, term.per) * term.passes(tuned)
+        parts[term.part] = parts.get(term.part, 0.0) + flops
+    return parts
+
+
+def sample_cost(config: ModelConfig, media: MediaConfig, tuned: Flags) -> Callable[..., np.ndarray]:
+    """Returns a function (lengths, patches, frames) -> training cost of every sample, in TFLOP.
+
+    The three are arrays of sums per sample, as an index has them. What it does not tell is taken
+    as follows: slices have the usual area, clips fill their windows, and every text token carries loss.
+    """
+    slice_patches = (media.image.slice_pixels // media.image.patch_pixels) ** 2
+    window = media.audio.window_samples // 320
+
+    def cost(lengths, patches, frames) -> np.ndarray:
+        lengths, patches, frames = (np.asarray(values, np.float64) for values in (lengths, patches, frames))
+        slices = np.where(patches > 0, np.maximum(np.rint(patches / slice_patches), 1), 0)
+        audio_tokens = frames / (2 if media.audio.pool else 1)
+        work = Work(
+            tokens=lengths,
+            pairs=lengths * (lengths + 1) / 2,
+            supervised=np.maximum(lengths - slices * media.image.queries - audio_tokens, 0),
+            slices=slices,
+            patches=patches,
+            patch_pairs=patches**2 / np.maximum(slices, 1),
+            frames=frames,
+            frame_pairs=frames // window * window**2 + (frames % window) ** 2,
+            audio_tokens=audio_tokens,
+        )
+        return sum(training_flops(work, config, media, tuned).values()) / 1e12
+
+    return cost

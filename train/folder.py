@@ -1,0 +1,86 @@
+"""A run's folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `final/`, and who may write there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from train.compose import to_yaml
+from train.config import Resume, RunConfig
+
+FREE = (
+    "run",
+    "resume",
+    "zero",
+    "train.micro_batch_packs",
+    "data.workers",
+    "data.prefetch",
+    "data.timeout_seconds",
+    "data.cache",
+    "eval",
+    "checkpoint",
+    "log",
+    "model.recompute",
+)
+"""What may change when a run goes on: it alters where and how fast, never which numbers."""
+
+
+class RunFolder:
+    """Paths of a run and the rules for starting in it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.run)
+        self.config_file = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.skipped = self.path / "skipped.jsonl"
+        self.ledger = self.path / "ledger.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+        self.stage_file = self.final / "stage.json"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the stage has ended here before."""
+        return self.stage_file.is_file()
+
+    def check(self, config: RunConfig) -> None:
+        """Raises ValueError where this run may not write here, naming every difference."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run={self.path}: is a file. Name a folder.")
+        if config.resume is Resume.never and self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(
+                f"run={self.path}: not empty, and resume=never starts afresh in an empty folder only. "
+                "Name another folder, or use resume=auto."
+            )
+        if not self.config_file.is_file():
+            return
+        differences = _differences(
+            OmegaConf.to_container(OmegaConf.load(self.config_file)),
+            OmegaConf.to_container(OmegaConf.create(to_yaml(config))),
+        )
+        if differences:
+            raise ValueError(
+                f"run={self.path}: holds another config. Name another folder, or take back:\n"
+                + "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in differences)
+            )
+
+    def create(self, config: RunConfig) -> None:
+        """Makes the folder and writes `config.yaml` (main rank only)."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        partial = self.path / ".config.yaml.partial"
+        partial.write_text(to_yaml(config))
+        partial.replace(self.config_file)
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if path in FREE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(set(old) | set(new)):
+            below = f"{path}.{key}" if path else str(key)
+            found += _differences(old.get(key), new.get(key), below)
+        return found
+    return [] if old == new else [(path, old, new)]

@@ -1,0 +1,250 @@
+"""The training loop: one step in one readable function, and what happens between steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.ledger import Ledger
+from data.loader import Loader, StepBatches
+from data.sample import Batch
+from train.checkpoint import save_checkpoint
+from train.config import RunConfig
+from train.engine import Engine, StepResult
+from train.flops import training_flops, work_of
+from train.folder import RunFolder
+from train.meters import Meters
+from train.schedule import lr_factor
+from train.sinks import Sink
+
+Evaluate = Callable[[], "dict[str, Any] | None"]
+
+
+class Preempted(Exception):
+    """The run was asked to end (SIGTERM); its state is saved."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over all ranks and micro-batches of one step, known before its first forward pass."""
+
+    weight: float
+    good: int
+    bad: int
+    asked_to_stop: bool
+
+
+@dataclass(slots=True)
+class Training:
+    """Everything the loop works with. `step` is the last finished one."""
+
+    config: RunConfig
+    engine: Engine
+    loader: Loader
+    meters: Meters
+    ledger: Ledger
+    folder: RunFolder
+    evaluate: Evaluate
+    total_steps: int
+    step: int = 0
+    skipped_in_a_row: int = 0
+    saved_step: int = -1
+    good: int = 0
+    bad: int = 0
+    sinks: list[Sink] = field(default_factory=list)
+    stop_asked: bool = False
+    last_record: dict[str, Any] = field(default_factory=dict)
+
+
+def train(run: Training) -> Path:
+    """Runs from `run.step` to `run.total_steps` and returns the last checkpoint.
+
+    Raises:
+        Preempted: after SIGTERM, with a checkpoint of the last finished step.
+        ValueError, RuntimeError: too many bad samples, or too many steps in a row that had to be skipped.
+    """
+    _listen_for_sigterm(run)
+    checkpoint = run.folder.checkpoints / f"step-{run.step:08d}"
+    for work in _steps(run):
+        totals = count(run, work)
+        result = train_step(run, work, totals)
+        run.step = work.step
+        due = Due.at(run, totals)
+        if due.log:
+            _log(run, work, result, evaluate=due.evaluate)
+        if due.save:
+            checkpoint = _save(run, work)
+        _check_stop_rules(run, totals)
+        if run.step == run.total_steps:
+            break
+    return checkpoint
+
+
+def _steps(run: Training) -> Iterator[StepBatches]:
+    if run.step >= run.total_steps:
+        return
+    for work in run.loader:
+        run.meters.waited(work.wait_seconds)
+        yield work
+
+
+def count(run: Training, work: StepBatches) -> Totals:
+    """Returns the supervised weight, good and bad samples of a step over all ranks."""
+    mine = [
+        sum(float(batch.weights.sum()) for batch in work.batches),
+        sum(len(batch.samples) for batch in work.batches),
+        sum(len(batch.dropped) for batch in work.batches),
+        float(run.stop_asked),
+    ]
+    weight, good, bad, stop = run.engine.sum_over_ranks(mine)
+    run.good += int(good)
+    run.bad += int(bad)
+    for batch in work.batches:
+        run.ledger.add_good(len(batch.samples))
+        for dropped in batch.dropped:
+            run.ledger.add(dropped, work.step)
+    return Totals(weight, int(good), int(bad), stop > 0)
+
+
+def train_step(run: Training, work: StepBatches, totals: Totals) -> StepResult | None:
+    """Makes one update from the micro-batches of this rank; None where no token carries loss.
+
+    The loss of a step is a sum over all supervised tokens of all ranks, divided once by their
+    global weight, so it does not depend on how samples are packed, dealt or cut into micro-batches.
+    """
+    engine, config = run.engine, run.config
+    if totals.weight == 0:
+        run.meters.end_step(skipped=True)
+        return None
+    engine.set_lr(lr_factor(work.step, run.total_steps, config.optim))
+    losses: list[torch.Tensor] = []
+    for number, on_host in enumerate(work.batches, start=1):
+        batch = on_host.to(engine.device)
+        with engine.micro_batch(last=number == len(work.batches)):
+            loss_sum, row_losses = engine.forward(batch)
+            engine.backward(loss_sum / totals.weight)
+        flops = training_flops(work_of(on_host, config.media), config.model, config.media, config.tuned)
+        run.meters.add(batch, row_losses, sum(flops.values()))
+        losses.append(row_losses)
+    result = engine.step()
+    run.meters.end_step(skipped=not result.applied)
+    run.skipped_in_a_row = 0 if result.applied else run.skipped_in_a_row + 1
+    if not result.applied:
+        _report_skip(run, work, losses)
+    return result
+
+
+def _report_skip(run: Training, work: StepBatches, losses: list[torch.Tensor]) -> None:
+    mine: list[str] = []
+    for batch, row_losses in zip(work.batches, losses):
+        mine += suspects(batch, row_losses.cpu())
+    named = sorted({key for keys in run.engine.gather_objects(mine) for key in keys})
+    if not named:  # the loss was finite everywhere, so the gradient overflowed on the way back
+        everything = [f"{s.source}/{s.key}" for batch in work.batches for s in batch.samples]
+        named = sorted({key for keys in run.engine.gather_objects(everything) for key in keys})
+    if run.engine.is_main:
+        with run.folder.skipped.open("a") as file:
+            file.write(json.dumps({"step": work.step, "samples": named}) + "\n")
+        shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        print(f"step {work.step}: loss or gradient is not finite; nothing was changed. Samples: {shown}")
+
+
+def suspects(batch: Batch, row_losses: torch.Tensor) -> list[str]:
+    """Returns `source/key` of every sample with a loss that is not finite."""
+    places = batch.sample[~torch.isfinite(row_losses)].unique().tolist()
+    return [f"{batch.samples[place].source}/{batch.samples[place].key}" for place in places]
+
+
+@dataclass(slots=True)
+class Due:
+    """What happens after a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+    @classmethod
+    def at(cls, run: Training, totals: Totals) -> Due:
+        """Returns what is due: everything at the end, a save when asked to stop."""
+        config, step = run.config, run.step
+        last = step == run.total_steps
+        evaluate = last or bool(config.eval.every and step % config.eval.every == 0)
+        return cls(
+            log=evaluate or totals.asked_to_stop or step == 1 or step % config.log.every == 0,
+            evaluate=evaluate,
+            save=last or totals.asked_to_stop or step % config.checkpoint.every == 0,
+        )
+
+
+def _log(run: Training, work: StepBatches, result: StepResult | None, *, evaluate: bool) -> None:
+    engine = run.engine
+    factor = lr_factor(work.step, run.total_steps, run.config.optim)
+    rates = {group["name"].split("/")[0]: group["peak_lr"] * factor for group in engine.optimizer.param_groups}
+    norms = {"grad_norm": result.grad_norm, "grad_norm_by_module": result.module_norms} if result else {}
+    record = run.meters.record(
+        work.step,
+        engine.all_reduce,
+        engine.world_size,
+        epoch=work.planner_state["epoch"],
+        lr=rates,
+        drawn=work.drawn,
+        **norms,
+    )
+    if evaluate:
+        with run.meters.paused():
+            held_out = run.evaluate()
+        if held_out:
+            record["held_out"] = held_out
+    run.last_record = record
+    for sink in run.sinks:
+        sink.write(record)
+
+
+def _save(run: Training, work: StepBatches) -> Path:
+    ledger = Ledger.merge(run.engine.gather_objects(run.ledger.state()))
+    state = {
+        "step": run.step,
+        "planner": work.planner_state,
+        "ledger": ledger.state(),
+        "good": run.good,
+        "bad": run.bad,
+        "skipped_steps": run.meters.skipped_steps,
+        "skipped_in_a_row": run.skipped_in_a_row,
+    }
+    with run.meters.paused():
+        checkpoint = save_checkpoint(
+            run.engine, run.folder.checkpoints, run.step, state, run.config.checkpoint.keep
+        )
+    if run.engine.is_main:
+        ledger.write(run.folder.ledger)
+    return checkpoint
+
+
+def _check_stop_rules(run: Training, totals: Totals) -> None:
+    if totals.asked_to_stop and run.step < run.total_steps:
+        raise Preempted(f"step {run.step}: asked to stop; saved. Start the same command again to go on.")
+    if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
+        raise RuntimeError(
+            f"step {run.step}: {run.skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
+            f"(train.max_skipped_steps). See {run.folder.skipped}; lower optim.lr or mend the data."
+        )
+    run.ledger.check(run.config.data.max_bad_share, good=run.good, bad=run.bad)
+
+
+def _listen_for_sigterm(run: Training) -> None:
+    def ask(*_: object) -> None:
+        run.stop_asked = True
+
+    signal.signal(signal.SIGTERM, ask)
+
+
+def finite(value: float | None) -> bool:
+    """Returns whether a loss is a number one can compare."""
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,48 @@
+"""AdamW parameter groups: one per module and decay class, so that each has its own learning rate
+and its own gradient norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from train.config import RunConfig
+from train.model.omni import module_of
+
+
+def has_decay(name: str, parameter: torch.Tensor) -> bool:
+    """Returns whether weight decay applies: not to norms, biases, embeddings and position tables."""
+    if parameter.ndim < 2:
+        return False
+    return not any(word in name for word in ("embed", "position", "bos_eos", "query"))
+
+
+def build_groups(model: nn.Module, config: RunConfig) -> list[dict]:
+    """Returns parameter groups for everything that trains, in a fixed order."""
+    groups: dict[tuple[str, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((module_of(name), has_decay(name, parameter)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "name": f"{module}/{'decay' if decay else 'no_decay'}",
+            "peak_lr": config.learning_rate(module),
+            "lr": config.learning_rate(module),
+            "weight_decay": config.optim.weight_decay if decay else 0.0,
+        }
+        for (module, decay), parameters in sorted(groups.items())
+    ]
+
+
+def group_module(group: dict) -> str:
+    """Returns the module that a parameter group belongs to."""
+    return group["name"].split("/")[0]
+
+
+def build_optimizer(model: nn.Module, config: RunConfig, *, fused: bool) -> torch.optim.AdamW:
+    """Returns AdamW over the groups of `build_groups`."""
+    optim = config.optim
+    return torch.optim.AdamW(
+        build_groups(model, config), betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused
+    )

@@ -1,0 +1,175 @@
+"""Wires one stage together: folder, data, model, engine, checkpoint, loop, result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from data.ledger import Ledger
+from data.plan import Planner
+from train import stage
+from train.checkpoint import PieceReader, copy_weights, newest_checkpoint, restore_checkpoint
+from train.compose import readable_errors
+from train.config import RunConfig
+from train.data import Tables, build_encoder, build_loader, build_planner, load_tables
+from train.engine import Engine, build_engine, start_engine
+from train.evaluate import HeldOut
+from train.flops import peak_flops
+from train.folder import RunFolder
+from train.loop import Preempted, Training, train
+from train.meters import Meters
+from train.model.omni import MegrezOmni, build_model, module_of
+from train.sinks import SinkRun, build_sinks
+
+EXIT_PREEMPTED = 75
+"""Exit status of a run that was asked to end and saved its state (sysexits' "try again later")."""
+
+
+def run(config: RunConfig) -> None:
+    """Trains a stage from wherever its folder says it stands."""
+    folder = RunFolder(config)
+    folder.check(config)
+    if folder.is_complete:
+        print(f"run={folder.path}: already complete. Its result is in {folder.final}.")
+        return
+    parent = stage.open_parent(config)
+    accelerator = start_engine(config)
+    with readable_errors(every_rank=True):
+        _run(config, folder, parent, accelerator)
+
+
+def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
+    started = time.time()
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, config.media, config.seed)
+    model.set_tuned(config.tuned)
+    sizes = module_sizes(model)
+    engine = build_engine(config, accelerator, model)
+    if engine.is_main:
+        folder.create(config)
+    encoder = build_encoder(config)
+    tables = load_tables(config, engine, encoder, "train")
+    held_out = load_tables(config, engine, encoder, "held_out")
+    planner = build_planner(config, tables, epochs=_epochs(config))
+    total_steps = config.train.steps or planner.num_steps()
+    assert total_steps is not None
+    training = Training(
+        config=config,
+        engine=engine,
+        loader=build_loader(config, engine, tables, encoder, planner),
+        meters=Meters([table.name for table in tables.tables], engine.device, peak=_peak(config, engine)),
+        ledger=Ledger(),
+        folder=folder,
+        evaluate=HeldOut(config, engine, held_out, encoder),
+        total_steps=total_steps,
+    )
+    beginning = _begin(training, planner, tables, parent)
+    if engine.is_main:
+        print(banner(config, engine, sizes, tables, held_out, total_steps, beginning), flush=True)
+        plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+        assert isinstance(plain, dict)
+        training.sinks = build_sinks(SinkRun(folder.path, training.step, total_steps, config.log, plain))
+    try:
+        checkpoint = train(training)
+    except Preempted as error:
+        _close(training)
+        print(error)
+        sys.exit(EXIT_PREEMPTED)
+    if engine.is_main:
+        facts = _facts(training, tables, parent, time.time() - started)
+        stage.write_final(config, folder.final, checkpoint, facts)
+    _close(training)
+    if accelerator.process_index == 0:
+        print(f"Complete: {total_steps} steps. Weights and stage.json are in {folder.final}.")
+
+
+def _close(training: Training) -> None:
+    training.loader.close()
+    for sink in training.sinks:
+        sink.close()
+    training.engine.close()
+
+
+def _epochs(config: RunConfig) -> float | None:
+    if config.train.steps is not None:
+        return None
+    return config.train.epochs or 1.0
+
+
+def _peak(config: RunConfig, engine: Engine) -> float | None:
+    if config.log.peak_tflops:
+        return config.log.peak_tflops * 1e12
+    return peak_flops(torch.cuda.get_device_name(engine.device)) if engine.device.type == "cuda" else None
+
+
+def _begin(training: Training, planner: Planner, tables: Tables, parent) -> str:
+    """Restores the newest checkpoint, or the parent's weights, or nothing; returns which in words."""
+    newest = newest_checkpoint(training.folder.checkpoints)
+    if newest is None:
+        if training.engine.is_main:
+            for dropped in tables.quarantined:
+                training.ledger.add(dropped, step=0)
+        if parent is None:
+            return "RANDOM WEIGHTS: neither init_from nor a checkpoint was given, so nothing is known yet."
+        copy_weights(training.engine, parent[0])
+        return f"Weights of {training.config.init_from} (stage {parent[1]['stage']})."
+    reader = PieceReader(newest)
+    restore_checkpoint(training.engine, reader)
+    state = reader.state
+    planner.restore(state["planner"])
+    training.step = state["step"]
+    training.good, training.bad = state["good"], state["bad"]
+    training.meters.bad_samples = state["bad"]
+    training.meters.skipped_steps = state["skipped_steps"]
+    training.skipped_in_a_row = state["skipped_in_a_row"]
+    if training.engine.is_main:
+        training.ledger.restore(state["ledger"])
+    return f"Goes on after step {training.step} from {newest}."
+
+
+def _facts(training: Training, tables: Tables, parent, seconds: float) -> dict[str, Any]:
+    record = training.last_record
+    kept = ("loss", "loss_by_source", "loss_by_modality", "held_out")
+    return {
+        "steps": training.total_steps,
+        "data_digest": tables.digest,
+        "parent": stage.describe_parent(training.config, parent[1] if parent else None),
+        "metrics": {name: record[name] for name in kept if name in record},
+        "samples": {"good": training.good, "bad": training.bad},
+        "seconds": round(seconds, 1),
+    }
+
+
+def module_sizes(model: MegrezOmni) -> dict[str, int]:
+    """Returns the parameters of each of the five modules."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        sizes[module_of(name)] = sizes.get(module_of(name), 0) + parameter.numel()
+    return sizes
+
+
+def banner(
+    config: RunConfig,
+    engine: Engine,
+    sizes: dict[str, int],
+    tables: Tables,
+    held_out: Tables,
+    total_steps: int,
+    beginning: str,
+) -> str:
+    """Returns what a person should see before the first step."""
+    spread = "DDP" if config.zero.stage == 0 else f"DeepSpeed {config.zero.value}"
+    where = f"{engine.world_size} x {engine.device.type}, {spread}, {config.precision.value}"
+    lines = [f"Stage {config.stage} of {config.model.name} in {Path(config.run)}: {total_steps} steps, {where}"]
+    lines.append(f"  {beginning}")
+    for name, size in sizes.items():
+        state = f"trains at lr {config.learning_rate(name):g}" if config.tuned[name] else "frozen"
+        lines.append(f"  {name:<15} {size / 1e6:10.2f}M  {state}")
+    lines += [f"  train     {line}" for line in tables.describe()]
+    lines += [f"  held out  {line}" for line in held_out.describe()] or ["  held out  none"]
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""Stages: what a finished one leaves behind, and which parent the next one may start from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import PieceReader
+from train.compose import to_yaml
+from train.config import RunConfig
+from train.weights import WeightReader, write_weights
+
+
+def open_parent(config: RunConfig) -> tuple[WeightReader, dict[str, Any]] | None:
+    """Returns the parent's weights and stage.json, or None without `init_from`.
+
+    Raises:
+        ValueError: the parent is missing, unfinished, of a stage or model that does not fit.
+    """
+    if config.init_from is None:
+        return None
+    run = Path(config.init_from)
+    if not run.is_dir():
+        raise ValueError(f"init_from={run}: there is no such folder. Name the run of an earlier stage.")
+    stage_file = run / "final" / "stage.json"
+    if not stage_file.is_file():
+        raise ValueError(f"init_from={run}: its stage is not complete (no final/stage.json). Finish it first.")
+    stage = json.loads(stage_file.read_text())
+    if stage["stage"] not in config.parents:
+        raise ValueError(
+            f"init_from={run}: is the result of {stage['stage']}, but {config.stage} starts from "
+            f"{', '.join(config.parents)}. Name such a run, or change parents."
+        )
+    if stage["model"] != config.model.name:
+        raise ValueError(
+            f"init_from={run}: holds model {stage['model']}, but model={config.model.name} was asked for. "
+            f"Use model={stage['model']}."
+        )
+    return WeightReader(run / "final"), stage
+
+
+def describe_parent(config: RunConfig, stage: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns what stage.json keeps of the parent."""
+    if stage is None:
+        return None
+    return {"run": config.init_from, "stage": stage["stage"], "weights_digest": stage["weights_digest"]}
+
+
+def config_digest(config: RunConfig) -> str:
+    """Returns a digest of the whole config."""
+    return hashlib.blake2b(to_yaml(config).encode(), digest_size=16).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Returns versions of what decides the numbers."""
+    names = ("torch", "transformers", "accelerate", "deepspeed")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except ImportError:  # PackageNotFoundError; deepspeed exists for Linux only
+            found[name] = "not installed"
+    return found
+
+
+def write_final(config: RunConfig, final: Path, checkpoint: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Writes weights and `stage.json` of a finished stage from its last checkpoint (main rank only).
+
+    `final` appears whole or not at all.
+    """
+    partial = final.with_name(".final.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tuned = config.tuned
+    stage = {
+        "stage": config.stage,
+        "model": config.model.name,
+        "tuned": [name for name, on in tuned.items() if on],
+        "frozen": [name for name, on in tuned.items() if not on],
+        "config_digest": config_digest(config),
+        "weights_digest": write_weights(PieceReader(checkpoint), partial),
+        "versions": versions(),
+        **facts,
+    }
+    (partial / "config.yaml").write_text(to_yaml(config))
+    (partial / "stage.json").write_text(json.dumps(stage, indent=1, ensure_ascii=False))
+    os.replace(partial, final)
+    return stage

@@ -1,0 +1,84 @@
+"""Whole weights in standard files: what a finished stage leaves in `final/` and the next one reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+
+
+def write_weights(reader, folder: Path) -> str:
+    """Merges a checkpoint's pieces into sharded safetensors with an index, and returns their digest.
+
+    Holds one shard in memory at a time. `reader` is a `train.checkpoint.PieceReader`.
+    """
+    shards = _plan_shards(reader)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _whole(reader, name) for name in names}
+        save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        weight_map |= {name: file for name in names}
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    return weights_digest(folder)
+
+
+def _plan_shards(reader) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in reader.names():
+        wanted = 4 * torch.Size(reader.shapes[name]).numel()
+        if shards[-1] and size + wanted > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += wanted
+    return shards
+
+
+def _whole(reader, name: str) -> torch.Tensor:
+    shape = reader.shapes[name]
+    return reader.read("weight", name, 0, torch.Size(shape).numel()).reshape(shape)
+
+
+def weights_digest(folder: Path) -> str:
+    """Returns a digest over the bytes of every weight file of a folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("model-*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class WeightReader:
+    """Reads ranges of whole weights, with the interface of `train.checkpoint.PieceReader`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / INDEX
+        if not index.is_file():
+            raise ValueError(f"{folder}: has no {INDEX}. Name a run whose stage is complete.")
+        self._files = json.loads(index.read_text())["weight_map"]
+        handles = {
+            file: safe_open(str(folder / file), framework="pt") for file in sorted(set(self._files.values()))
+        }
+        self._handles = {name: handles[file] for name, file in self._files.items()}
+        self.shapes = {
+            name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()
+        }
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Returns elements [start, stop) of a flattened weight."""
+        assert kind == "weight"
+        return self._handles[name].get_tensor(name).reshape(-1)[start:stop]
