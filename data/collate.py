@@ -55,17 +55,20 @@ def collate(packs: Packs, length: int, media: MediaConfig, pad_id: int, loss: st
     assert loss in ("token", "sample", "sqrt"), loss
     rows = _Rows(len(packs), length, pad_id)
     for row, pack in enumerate(packs):
-        place = row * length
+        place, end = row * length, (row + 1) * length
+        assert sum(_length(item) for item in pack) <= length, "a pack is longer than its row"
         for item in pack:
             if isinstance(item, BlankSegment):
                 rows.add_blank(item, place)
-                place += item.length
             else:
                 rows.add_sample(item, place, loss)
-                place += len(item.input_ids)
-        assert place <= (row + 1) * length, "a pack is longer than its row"
-        rows.add_padding((row + 1) * length - place, place)
+            place += _length(item)
+        rows.add_padding(end - place, place)
     return rows.batch(media)
+
+
+def _length(item: EncodedSample | BlankSegment) -> int:
+    return item.length if isinstance(item, BlankSegment) else len(item.input_ids)
 
 
 class _Rows:

@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +35,9 @@ from data.worker import Loaded, MicroBatches, Progress, WorkItem, start_worker
 class StepBatches:
     """All micro-batches of one global step on this rank.
 
-    `planner_state` resumes after this step. `drawn` and `fill` are of the whole global step: tokens
-    per source, and tokens over the room of its packs. Units: wait_seconds is time without work here.
+    `planner_state` resumes after this step. `drawn` is tokens per source since the run began and
+    `fill` the used share of this step's packs, both over all ranks. `wait_seconds` is how long the
+    rank waited for its batches.
     """
 
     step: int
@@ -72,12 +73,10 @@ class _Schedule(Sampler):
                 yield self.items[-1]
 
     def _announce(self, plan: StepPlan) -> StepBatches:
-        drawn: Counter[str] = Counter()
-        for pack in plan.packs:
-            for ref in pack.refs:
-                drawn[ref.source] += ref.length
-        fill = drawn.total() / (len(plan.packs) * self.length)
-        return StepBatches(plan.step, [], self.planner.state(), dict(drawn), fill, 0.0)
+        state = self.planner.state()
+        drawn = {name: source["tokens"] for name, source in state["sources"].items()}
+        filled = [pack.length for pack in plan.packs if pack.refs]
+        return StepBatches(plan.step, [], state, drawn, sum(filled) / (len(filled) * self.length), 0.0)
 
 
 class Loader:
@@ -97,7 +96,7 @@ class Loader:
         media: MediaConfig,
         pad_id: int,
         micro_batch_packs: int,
-        loss: Any,
+        loss: str,
         rank: int = 0,
         world_size: int = 1,
     ):

@@ -28,9 +28,13 @@ def fill_row(
 ) -> list[int]:
     """Returns the places (ascending) of the samples of `buffer` (oldest first) that fill a row best.
 
-    Place 0 is always taken. Of several subsets with the same total the one whose newest sample is
-    oldest wins. A sample that alone exceeds a budget is taken only as the oldest, and then no other
-    sample that uses this budget joins it.
+    Place 0 is always taken. Of several fills with the same total, the newest samples are left out
+    first. Without budgets no other fill with place 0 has a larger total; with budgets the media are
+    taken oldest first until a budget is used up, so that all subsets are allowed, and a fuller row
+    with other media may exist.
+
+    A sample that alone exceeds a budget is taken only as the oldest, and then no other sample that
+    uses this budget joins it.
 
     Units: `length` and the lengths of the samples in tokens.
     """

@@ -109,7 +109,7 @@ class Planner:
         shares = _shares(tables)
         weighted = tables[0].weight is not None
         self._epoch_draws = Fraction(sum(map(len, tables))) if weighted else sum(shares, Fraction(0))
-        self._total = None if epochs is None else _total_draws(epochs, self._epoch_draws)
+        self._total = math.inf if epochs is None else _total_draws(epochs, self._epoch_draws)
         # Whole numbers in the same proportion, so that no rounding ever moves a draw.
         denominator = math.lcm(*(share.denominator for share in shares))
         self._shares = [int(share * denominator) for share in shares]
@@ -134,7 +134,7 @@ class Planner:
 
         None for a run without end. Takes some seconds per million samples that are left.
         """
-        if self._total is None:
+        if self._total == math.inf:
             return None
         rest = copy.copy(self)
         rest.restore(self.state())
@@ -159,9 +159,7 @@ class Planner:
     def state(self) -> dict[str, Any]:
         """Returns all that is needed to go on from here, as plain JSON, the same on every rank."""
         sources = {}
-        for table, draws, samples, tokens in zip(
-            self._tables, self._draws_of, self._samples, self._tokens
-        ):
+        for table, draws, samples, tokens in zip(self._tables, self._draws_of, self._samples, self._tokens):
             epoch, position = divmod(draws, len(table))
             sources[table.name] = {
                 "epoch": epoch,
@@ -218,7 +216,7 @@ class Planner:
 
     def _next_row(self) -> list[Candidate]:
         buffer = self._buffer
-        while len(buffer) < self._pack.buffer and self._draws != self._total:
+        while len(buffer) < self._pack.buffer and self._draws < self._total:
             buffer.append(self._draw())
         if not buffer:
             return []
@@ -311,7 +309,7 @@ def _windows(
         chosen = shards[first : first + shuffle_shards]
         size = int((stops[chosen] - starts[chosen]).sum())
         if position < size:
-            rows = np.concatenate([np.arange(starts[shard], stops[shard]) for shard in chosen])
+            rows = np.concatenate([np.arange(int(starts[shard]), int(stops[shard])) for shard in chosen])
             yield rows[_permutation(size, f"{seed} {epoch} {number} {table.name}")][position:]
         position = max(0, position - size)
 
@@ -330,8 +328,7 @@ def _shares(tables: list[SourceTable]) -> list[Fraction]:
         return [Fraction(str(table.weight)) for table in tables]
     if len(unweighted) < len(tables):
         raise ValueError(
-            f"data.sources.{unweighted[0]}.weight=null: others have a weight. "
-            f"Give every source one, or none."
+            f"data.sources.{unweighted[0]}.weight=null: others have a weight. Give every source one, or none."
         )
     return [Fraction(str(table.epochs)) * len(table) for table in tables]
 
@@ -352,8 +349,9 @@ def _check_table(table: SourceTable, length: int) -> None:
     worst = int(table.length.argmax())
     if table.length[worst] > length:
         raise ValueError(
-            f"{where}: row {table.row[worst]} of shard {table.shard[worst]} has {table.length[worst]} tokens, "
-            f"more than data.pack.length={length}. Set data.pack.oversize to drop or truncate."
+            f"{where}: row {table.row[worst]} of shard {table.shard[worst]} has "
+            f"{table.length[worst]} tokens, more than data.pack.length={length}. "
+            f"Set data.pack.oversize to drop or truncate."
         )
     assert table.length.min() > 0, "a sample without tokens"
     assert (np.diff(table.shard) >= 0).all(), "shards out of order"

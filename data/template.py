@@ -120,10 +120,20 @@ def _write_turn(
     answer = message.role == "assistant"
     heard = any(part.kind == "audio" for part in message.parts)
     if answer or not heard or config.audio_text is AudioText.append:
-        for part in message.parts:
-            if part.kind == "text":
-                writer.text(part.text, supervised=answer)
+        writer.text(_joined_text(message), supervised=answer)
     writer.mark("<|turn_end|>", supervised=answer)
+
+
+def _joined_text(message: Message) -> str:
+    """Returns the text of a turn; where a picture or recording stood in it, there is a newline."""
+    text, broken = "", False
+    for part in message.parts:
+        if part.kind != "text":
+            broken = True
+        elif part.text:
+            text += "\n" * (broken and bool(text)) + part.text
+            broken = False
+    return text
 
 
 @dataclass(slots=True)

@@ -93,28 +93,25 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, item: WorkItem) -> Loaded:
         """Returns the micro-batch; bad samples become blank segments in their place."""
-        dropped: list[Dropped] = []
         rows: list[list[EncodedSample | BlankSegment]] = []
         try:
             for place, pack in enumerate(item.packs):
                 rows.append([])
                 for position, ref in enumerate(pack.refs):
                     self.progress.note(item.number, place, position)
-                    rows[-1].append(self._load(ref, dropped))
+                    rows[-1].append(self._load(ref))
         except OSError as error:
             return Loaded(None, f"{self.name(ref)}: cannot be read ({error}). Check the disk and the mount.")
         finally:
             self.progress.note(-1)
-        batch = collate(rows, **self.collate_options)
-        batch.dropped = dropped
-        return Loaded(batch)
+        return Loaded(collate(rows, **self.collate_options))
 
     def name(self, ref: SampleRef) -> str:
         """Returns `source/shard/key` of a reference."""
         shard = self.folders[ref.source].shards[ref.shard]
         return f"{ref.source}/{shard.name}/{shard.keys[ref.row]}"
 
-    def _load(self, ref: SampleRef, dropped: list[Dropped]) -> EncodedSample | BlankSegment:
+    def _load(self, ref: SampleRef) -> EncodedSample | BlankSegment:
         try:
             return self._encode(ref)
         except SampleError as error:
@@ -125,8 +122,8 @@ class MicroBatches(Dataset):
             # The sample border: whatever a decoder throws at hostile bytes must not end the run.
             cause, message = "unexpected", f"{type(error).__name__}: {error}"
         shard = self.folders[ref.source].shards[ref.shard]
-        dropped.append(Dropped(ref.source, shard.name, shard.keys[ref.row], cause, message))
-        return BlankSegment(ref.length)
+        info = Dropped(ref.source, shard.name, shard.keys[ref.row], cause, message)
+        return BlankSegment(ref.length, info)
 
     def _encode(self, ref: SampleRef) -> EncodedSample:
         if ref.source not in self._readers:

@@ -52,7 +52,9 @@ def _table(name: str, length: np.ndarray, slices: np.ndarray, seconds: np.ndarra
 
 
 def _per_token(sources: list[SourceTable], column: str) -> float:
-    return sum(getattr(table, column).sum() for table in sources) / sum(table.length.sum() for table in sources)
+    return sum(getattr(table, column).sum() for table in sources) / sum(
+        table.length.sum() for table in sources
+    )
 
 
 def _measure(args: argparse.Namespace, sources: list[SourceTable], pack: PackConfig) -> None:
@@ -96,7 +98,9 @@ def _measure_deal(packs: list, world_size: int) -> None:
 
 def main() -> None:
     """Runs the measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=30_000)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--buffer", type=int, default=128)

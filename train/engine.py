@@ -397,13 +397,12 @@ def start_engine(config: RunConfig):
     plugin = _plugin(config, world_size) if config.zero.stage else None
     if not torch.cuda.is_available():
         PartialState(cpu=True)  # otherwise accelerate takes every CPU rank for a world of its own
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     precision = "bf16" if config.precision is Precision.bf16 and plugin else "no"
     return Accelerator(
         deepspeed_plugin=plugin,
         mixed_precision=precision,
         kwargs_handlers=[ddp],
-        cpu=not torch.cuda.is_available(),
         gradient_accumulation_steps=accumulation(config, world_size),
     )
 

@@ -25,7 +25,8 @@ Flags = Mapping[str, bool]
 """Which of vision_encoder, vision_proj, llm, audio_encoder, audio_proj train."""
 
 VISION = ("vision_encoder", "vision_proj")
-EVERYTHING = (*VISION, "llm", "audio_encoder", "audio_proj")
+AUDIO = ("audio_encoder", "audio_proj")
+EVERYTHING = (*VISION, "llm", *AUDIO)
 
 # bf16 tensor cores without sparsity, FLOP/s, from the makers' data sheets. The first name that the
 # device's name contains counts, so longer names stand before their beginnings.
@@ -55,11 +56,13 @@ class Work:
 
     `pairs` are (query, key) pairs of the language model; `patch_pairs` and `frame_pairs` those of
     the towers, n^2 per slice and clip. `frames` are encoder frames, half the mel frames.
+    `query_projections` is 1 with any picture: the resampler projects its queries once for all slices.
     """
 
     tokens: Any = 0
     pairs: Any = 0
     supervised: Any = 0
+    query_projections: Any = 0
     slices: Any = 0
     patches: Any = 0
     patch_pairs: Any = 0
@@ -91,6 +94,7 @@ def measure(
         tokens=sum(lengths),
         pairs=sum(s * (s + 1) / 2 if causal else s * s for s in lengths),
         supervised=supervised,
+        query_projections=1 if patches else 0,
         slices=len(patches),
         patches=sum(patches),
         patch_pairs=sum(n * n for n in patches),
@@ -101,7 +105,7 @@ def measure(
 
 
 def work_of(batch: Batch, media: MediaConfig) -> Work:
-    """Returns the work of a micro-batch that is still on the CPU (reading it later would wait for the device).
+    """Returns the work of a micro-batch. Call it before the batch moves: later it would wait for the device.
 
     The blank picture and clip of a batch without media are not counted.
     """
@@ -154,7 +158,7 @@ def _vision_terms(config: ModelConfig, media: MediaConfig) -> list[Term]:
         Term("vision_attention", "patch_pairs", 4 * tower.layers * tower.width, None, (encoder,)),
         Term("resampler", "patches", 2 * tower.width * width, proj, (encoder,)),
         Term("resampler", "patches", 2 * 2 * width**2, proj, VISION),
-        Term("resampler", "slices", 2 * queries * width**2, proj, (proj,)),
+        Term("resampler", "query_projections", 2 * queries * width**2, proj, (proj,)),
         Term("resampler", "patches", 4 * queries * width, None, VISION),
         Term("resampler", "slices", 2 * 2 * queries * width**2, proj, VISION),
     ]
@@ -203,6 +207,16 @@ def training_flops(work: Work, config: ModelConfig, media: MediaConfig, tuned: F
     return parts
 
 
+def trains_anything(modality: str, tuned: Flags) -> bool:
+    """Returns whether a sample of this modality gives any tuned module a gradient.
+
+    A text-only sample gives none while the language model is frozen: leave it out of the mixture.
+    """
+    behind = {"image": VISION, "audio": AUDIO}
+    met = [name for kind in modality.split("+") for name in behind.get(kind, ())]
+    return tuned["llm"] or any(tuned[name] for name in met)
+
+
 def sample_cost(config: ModelConfig, media: MediaConfig, tuned: Flags) -> Callable[..., np.ndarray]:
     """Returns a function (lengths, patches, frames) -> training cost of every sample, in TFLOP.
 
@@ -227,6 +241,7 @@ def sample_cost(config: ModelConfig, media: MediaConfig, tuned: Flags) -> Callab
             frame_pairs=frames // window * window**2 + (frames % window) ** 2,
             audio_tokens=audio_tokens,
         )
-        return sum(training_flops(work, config, media, tuned).values()) / 1e12
+        parts = training_flops(work, config, media, tuned)
+        return np.sum(list(parts.values()), axis=0) / 1e12
 
     return cost

@@ -51,7 +51,10 @@ class LossMeter:
             self.sums[3 + count :].index_add_(0, group, finite.double())
 
     def read(self, sums: Sequence[float]) -> dict[str, Any]:
-        """Returns loss, loss_by_source and loss_by_modality of (reduced) sums; groups without tokens are left out."""
+        """Returns `loss`, `loss_by_source` and `loss_by_modality` of (reduced) sums.
+
+        Groups without tokens are left out.
+        """
         weighted, weight, nonfinite, *rest = sums
         losses, counts = rest[: len(self.groups)], rest[len(self.groups) :]
         found: dict[str, Any] = {
@@ -148,7 +151,7 @@ class Meters:
         mine = torch.cat([self.losses.sums, host.to(self._device, non_blocking=True)])
         values = all_reduce(mine).tolist()
         now = time.perf_counter()
-        counts = dict(zip(self.COUNTS, values[-len(self.COUNTS) :]))
+        counts: dict[str, float] = dict(zip(self.COUNTS, values[-len(self.COUNTS) :]))
         self.bad_samples += int(counts["bad_samples"])
         record = {
             "step": step,

@@ -187,6 +187,6 @@ SINKS: dict[str, Callable[[SinkRun], Sink]] = {"jsonl": _jsonl, "console": _cons
 
 
 def build_sinks(run: SinkRun) -> list[Sink]:
-    """Returns the sinks of a run: the file and the console always, Weights & Biases if `log.wandb` is not off."""
+    """Returns the sinks of a run: file and console always, Weights & Biases unless `log.wandb` is off."""
     names = ["jsonl", "console"] + (["wandb"] if run.log.wandb is not WandbMode.off else [])
     return [SINKS[name](run) for name in names]

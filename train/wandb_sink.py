@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+from wandb.errors import Error as WandbError
+
 from train.sinks import flatten
 
 INIT_SECONDS = 60
@@ -40,7 +42,7 @@ class WandbSink:
         try:
             settings = wandb.Settings(init_timeout=INIT_SECONDS)
             return wandb.init(mode="online", settings=settings, **self._options)
-        except wandb.errors.Error as error:
+        except WandbError as error:
             wandb.teardown()
             print(
                 f"log.wandb=online: {error}. This session is logged offline; later run "

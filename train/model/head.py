@@ -53,14 +53,14 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             chunk = hidden[rows].to(dtype)
-            losses[rows], log_probs = _row_losses(chunk @ matrix.t(), targets[rows])
-            if grad_hidden is None and grad_weight is None:
-                continue
+            log_probs = torch.log_softmax(chunk @ matrix.t(), dim=-1, dtype=torch.float32)
+            losses[rows] = -log_probs.gather(1, targets[rows, None])[:, 0]
             grad = _grad_logits(log_probs, targets[rows], weights[rows], dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ matrix
             if grad_weight is not None:
                 grad_weight += grad.t() @ chunk
+            del log_probs, grad  # else they live on beside the next chunk's
         ctx.grads = grad_hidden, grad_weight
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -77,11 +77,6 @@ class _ChunkedLoss(torch.autograd.Function):
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, grad_sum, out=scaled)
         return grad_hidden, grad_weight, None, None, None, None
-
-
-def _row_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    return -log_probs.gather(1, targets[:, None])[:, 0], log_probs
 
 
 def _grad_logits(log_probs: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,92 @@
+"""Laws of direction: which part may import which (docs/architecture.md)."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("data", "train", "launch", "tests")
+FILES = sorted(path for name in ("data", "train", "launch") for path in (ROOT / name).rglob("*.py"))
+FILES.append(ROOT / "train.py")
+BANNED_NAMES = {"utils", "common", "helpers", "misc", "base", "manager"}
+ONLY_IN = {
+    "accelerate": {"train/engine.py", "train/checkpoint.py"},
+    "deepspeed": {"train/engine.py", "train/checkpoint.py"},
+    "wandb": {"train/wandb_sink.py"},
+    "webdataset": {"data/shards.py"},
+}
+# Torch-free by law, so that a bad recipe is refused before seconds of imports.
+TORCH_FREE = {"train/compose.py", "train/folder.py"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.split(".")[0] in OURS}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_follow_the_arrows(path):
+    name = name_of(path)
+    for imported in ours(path):
+        root = imported.split(".")[0]
+        if name.startswith("data/"):
+            assert root == "data", f"{name} imports {imported}"
+        if name.startswith("train/model/") and root == "data":
+            assert imported.startswith(("data.sample", "data.geometry")) or imported == "data"
+        if name.startswith("train/model/") and root == "train":
+            assert imported.startswith("train.model")
+        assert root != "tests", f"{name} imports {imported}"
+        assert root != "launch" or name.startswith("launch/"), f"{name} imports {imported}"
+    roots = {imported.split(".")[0] for imported in imports(path)}
+    for library, allowed in ONLY_IN.items():
+        assert library not in roots or name in allowed, f"{name} imports {library}"
+    if path.name == "config.py" or name.startswith("launch/") or name in TORCH_FREE:
+        assert "torch" not in roots, f"{name} imports torch"
+
+
+def test_there_is_no_import_cycle():
+    graph = {}
+    for path in FILES:
+        module = name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        graph[module] = {name for name in ours(path)}
+    graph = {module: {name for name in names if name in graph} for module, names in graph.items()}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join([*way, module])
+        if module not in done:
+            for following in sorted(graph[module]):
+                visit(following, (*way, module))
+            done.add(module)
+
+    for module in graph:
+        if module != "train":  # train.py, the entry, shares its name with the package
+            visit(module, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_file_has_a_name_that_says_nothing_or_hides_a_standard_module(path):
+    # `data/` and `train/` are packages, so only the banned names and stdlib names are the danger.
+    assert path.stem not in BANNED_NAMES
+    assert path.stem not in sys.stdlib_module_names or path.stem == "__init__"
+
+
+def test_the_wheel_holds_no_module():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert "bypass-selection = true" in text and 'dev-mode-dirs = ["."]' in text
