@@ -10,14 +10,15 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, cast
 
 from data.sample import Message, Part, Sample, SampleError
 
 MediaKind = Literal["image", "audio"]
+Role = Literal["system", "user", "assistant", "document"]
 
-ROLES = {
+ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -90,25 +91,29 @@ def llava(record: dict, media: MediaSource) -> list[Message]:
     Raises:
         SampleError: there are not as many marks as media (cause `marks_mismatch`).
     """
-    turns = [(_role(turn.get("from")), turn.get("value")) for turn in _turns(record, "conversations")]
-    for _, value in turns:
-        if not isinstance(value, str):
-            raise _malformed(f"value is {_kind(value)}, not a string")
-    waiting = {}
+    turns: list[tuple[Role, Any]] = [
+        (_role(turn.get("from")), turn.get("value")) for turn in _turns(record, "conversations")
+    ]
+    values = [value for _, value in turns if isinstance(value, str)]
+    if len(values) < len(turns):
+        raise _malformed("value of a turn is not a string")
+    waiting: dict[str, Iterator[str]] = {}
     for kind in ("image", "audio"):
         listed = record.get(kind, record.get(f"{kind}s"))
         references = _references(listed, kind)
-        num_marks = sum(value.count(f"<{kind}>") for _, value in turns)
+        num_marks = sum(value.count(f"<{kind}>") for value in values)
         if num_marks != len(references):
             raise SampleError(
                 f"{_count(num_marks, f'{kind} mark')} but {_count(len(references), kind)}",
                 cause="marks_mismatch",
             )
         waiting[kind] = iter(references)
-    return [Message(role, list(_marked_parts(value, waiting, media))) for role, value in turns]
+    return [
+        Message(role, list(_marked_parts(value, waiting, media))) for (role, _), value in zip(turns, values)
+    ]
 
 
-def _marked_parts(value: str, waiting: dict, media: MediaSource) -> Iterable[Part]:
+def _marked_parts(value: str, waiting: dict[str, Iterator[str]], media: MediaSource) -> Iterable[Part]:
     pieces = re.split(r"<(image|audio)>", value)
     for number, piece in enumerate(pieces):
         if number % 2:
@@ -146,7 +151,13 @@ def _typed_parts(item: Any, media: MediaSource) -> list[Part]:
         return [_referred(kind, item.get(kind), media)]
     if kind in ("image_url", "audio_url"):
         value = item.get(kind)
-        return [_referred(kind[:5], value.get("url") if isinstance(value, dict) else value, media)]
+        return [
+            _referred(
+                "image" if kind == "image_url" else "audio",
+                value.get("url") if isinstance(value, dict) else value,
+                media,
+            )
+        ]
     if kind == "input_audio":
         value = item.get(kind)
         if not isinstance(value, dict):
@@ -166,7 +177,8 @@ def _referred(kind: MediaKind, reference: Any, media: MediaSource) -> Part:
         raise _malformed(f"the {kind} reference is {_kind(reference)}, not a path or URL")
     if re.match(r"https?://", reference, re.IGNORECASE):
         raise SampleError(
-            f"{kind} {reference[:80]!r} is on the web. Download it and refer to the file", cause="media_missing"
+            f"{kind} {reference[:80]!r} is on the web. Download it and refer to the file",
+            cause="media_missing",
         )
     if not reference.startswith("data:"):
         return media.part(kind, reference)
@@ -274,10 +286,10 @@ def _turns(record: dict, name: str) -> list[dict]:
     return turns
 
 
-def _role(name: Any) -> Literal["system", "user", "assistant", "document"]:
+def _role(name: Any) -> Role:
     if not isinstance(name, str) or name not in ROLES:
         raise _malformed(f"role {name!r} is not known. Known: {', '.join(ROLES)}")
-    return cast(Literal["system", "user", "assistant", "document"], ROLES[name])
+    return ROLES[name]
 
 
 def _references(value: Any, kind: str) -> list[str]:

@@ -14,51 +14,24 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from difflib import get_close_matches
-from functools import cached_property, partial
-from multiprocessing import get_context
-from pathlib import Path
+from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from data.config import LimitsConfig
 from data.layouts import LAYOUTS
+from data.media import SAMPLE_RATE_HZ
 from data.sample import MediaSize
-from data.scan import Row, measure_rows, scan_shard
-
-INDEX_VERSION = 1
-"""Raised when the columns or their meaning change; other versions must be indexed again."""
+from data.scan import INDEX_SUFFIX, INDEX_VERSION, index_path, index_shards
 
 UNFINISHED = ".unfinished"
 """File that marks a folder of shards as not whole yet."""
 
-SUFFIX = ".index.parquet"
-ROWS_PER_TASK = 32
-
-
-def _struct_list(**fields: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.struct([pa.field(name, kind) for name, kind in fields.items()]))
-
-
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("members", _struct_list(name=pa.string(), offset=pa.int64(), size=pa.int64())),
-        ("images", _struct_list(name=pa.string(), width=pa.int32(), height=pa.int32())),
-        ("audios", _struct_list(name=pa.string(), num_samples=pa.int64())),
-        ("text_chars", pa.int64()),
-        ("tags", pa.list_(pa.string())),
-        ("cause", pa.string()),
-        ("message", pa.string()),
-    ]
-)
+NUM_NAMED = 3
+"""How many bad samples a summary names."""
 
 
 class _StructLists:
@@ -74,6 +47,11 @@ class _StructLists:
         """Yields (name, number, ...) of every struct of a row."""
         for place in range(self._starts[row], self._starts[row + 1]):
             yield self._names[place].as_py(), *(int(numbers[place]) for numbers in self._numbers)
+
+    def numbers(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Returns each number of all structs of the rows where the mask `rows` is true."""
+        chosen = np.repeat(rows, np.diff(self._starts))
+        return [numbers[chosen] for numbers in self._numbers]
 
 
 class ShardIndex:
@@ -99,7 +77,7 @@ class ShardIndex:
 
     @cached_property
     def _table(self) -> pa.Table:
-        table = pq.read_table(index_path(self.path), partitioning=None)
+        table = pq.ParquetFile(index_path(self.path)).read()
         footer = json.loads((table.schema.metadata or {}).get(b"shard", b"{}"))
         if footer.get("fingerprint") != self.fingerprint:
             raise RuntimeError(f"{index_path(self.path)}: has changed while in use. Start the run again.")
@@ -154,10 +132,9 @@ class ShardIndex:
 
     def totals(self) -> tuple[int, int]:
         """Pictures, and samples of audio at 16 kHz, of all rows that are not quarantined."""
-        good = self._table.filter(self._table.column("cause").is_null())
-        images = pa.compute.list_flatten(good.column("images"))
-        audios = pa.compute.list_flatten(good.column("audios"))
-        return len(images), sum(clip["num_samples"] for clip in audios.to_pylist())
+        good = self._table.column("cause").is_null().to_numpy()
+        (widths, _), (num_samples,) = self._images.numbers(good), self._audios.numbers(good)
+        return len(widths), int(num_samples.sum())
 
 
 class FolderIndex:
@@ -187,12 +164,12 @@ def load_folder(path: str) -> FolderIndex:
         ValueError: the folder is missing, empty or unfinished, or a shard has no valid index.
     """
     tars = list_shards(path)
-    indexed = {name[: -len(SUFFIX)] for name in os.listdir(path) if name.endswith(SUFFIX)}
+    indexed = {name[: -len(INDEX_SUFFIX)] for name in os.listdir(path) if name.endswith(INDEX_SUFFIX)}
     missing = sorted(indexed - {os.path.basename(tar)[: -len(".tar")] for tar in tars})
     if missing:
         raise ValueError(
             f"{path}/{missing[0]}.tar: is indexed but not there. "
-            f"Put it back, or remove {missing[0]}{SUFFIX}."
+            f"Put it back, or remove {missing[0]}{INDEX_SUFFIX}."
         )
     shards = [ShardIndex(tar) for tar in tars]
     for shard in shards:
@@ -221,11 +198,6 @@ def list_shards(path: str) -> list[str]:
     return tars
 
 
-def index_path(shard: str) -> str:
-    """Returns where the index of a tar lies."""
-    return shard[: -len(".tar")] + SUFFIX
-
-
 def _read_footer(shard: str) -> dict:
     """Returns what the index says of its shard, checked against the shard's size."""
     advice = f"Run `python -m data.index {os.path.dirname(shard) or '.'}`"
@@ -239,8 +211,9 @@ def _read_footer(shard: str) -> dict:
     except (pa.ArrowInvalid, ValueError, KeyError) as error:
         raise ValueError(f"{index_path(shard)}: is no index of a shard ({error}). {advice}.") from error
     if footer["version"] != INDEX_VERSION:
-        raise ValueError(f"{index_path(shard)}: is of index version {footer['version']}, not "
-                         f"{INDEX_VERSION}. {advice}.")
+        raise ValueError(
+            f"{index_path(shard)}: is of index version {footer['version']}, not {INDEX_VERSION}. {advice}."
+        )
     num_bytes = os.path.getsize(shard)
     if num_bytes != footer["num_bytes"]:
         raise ValueError(
@@ -249,64 +222,67 @@ def _read_footer(shard: str) -> dict:
     return {**footer, "num_rows": metadata.num_rows}
 
 
-Mapper = Callable[[Callable, list], Iterator]
-
-
-def build_index(
-    shard: str,
-    format: str,
-    limits: LimitsConfig,
-    mapper: Mapper = map,
-    progress: Callable[[int], object] = lambda rows: None,
-) -> None:
-    """Decodes all of a shard once and writes its index beside it, whole or not at all.
-
-    Args:
-        shard: path of the tar.
-        format: layout of its members, one of `LAYOUTS`.
-        limits: what one sample may ask.
-        mapper: `map`, or that of a process pool.
-        progress: called with the number of rows done.
-    """
-    before = os.stat(shard)
-    groups = scan_shard(shard, limits)
-    tasks = [groups[start : start + ROWS_PER_TASK] for start in range(0, len(groups), ROWS_PER_TASK)]
-    rows: list[Row] = []
-    for measured in mapper(partial(measure_rows, shard, layout=format, limits=limits), tasks):
-        rows += measured
-        progress(len(measured))
-    footer = {
-        "version": INDEX_VERSION,
-        "format": format,
-        "num_bytes": before.st_size,
-        "mtime_ns": before.st_mtime_ns,
-        "fingerprint": _fingerprint(format, rows),
+def summarize(folder: FolderIndex) -> dict:
+    """Returns what a folder holds, for people and programs: counts, causes, the first bad samples."""
+    causes: Counter[str] = Counter()
+    named: list[str] = []
+    pictures = num_samples = 0
+    for shard in folder.shards:
+        totals = shard.totals()
+        pictures, num_samples = pictures + totals[0], num_samples + totals[1]
+        causes.update(cause for cause, _ in shard.errors.values())
+        for row, (_, message) in list(shard.errors.items())[: NUM_NAMED - len(named)]:
+            named.append(f"{os.path.basename(folder.path)}/{shard.name}/{shard.keys[row]}: {message}.")
+    return {
+        "path": folder.path,
+        "format": folder.format,
+        "samples": folder.num_rows,
+        "good": folder.num_rows - causes.total(),
+        "bad": dict(causes.most_common()),
+        "first_bad": named,
+        "pictures": pictures,
+        "audio_hours": num_samples / SAMPLE_RATE_HZ / 3600,
+        "shards": len(folder.shards),
+        "bytes": sum(shard.num_bytes for shard in folder.shards),
     }
-    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({"shard": json.dumps(footer)}))
-    unfinished = index_path(shard) + ".part"
+
+
+def describe(summary: dict) -> str:
+    """Returns a summary as a few lines of text."""
+    num_bad = summary["samples"] - summary["good"]
+    lines = [
+        f"{summary['path']}: {summary['samples']:,} samples, {summary['good']:,} good, {num_bad:,} bad",
+        f"  {summary['pictures']:,} pictures, {summary['audio_hours']:.2f} h of audio, "
+        f"{summary['shards']:,} shards, {summary['bytes'] / 1e6:,.1f} MB",
+    ]
+    lines += [f"  bad: {cause} {count:,}" for cause, count in summary["bad"].items()]
+    lines += [f"  {line}" for line in summary["first_bad"]]
+    if num_bad:
+        lines.append("  Bad samples are quarantined: they stay in the index and are left out of training.")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Indexes a folder of shards made by others; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.index",
+        description="Index the tar shards of a folder: decode everything once, and note sizes and errors.",
+        epilog="example: python -m data.index /data/cc3m --format caption",
+    )
+    parser.add_argument("folder", help="folder of .tar shards")
+    parser.add_argument("--format", default="native", choices=list(LAYOUTS), help="how members make a sample")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    options = parser.parse_args(arguments)
     try:
-        pq.write_table(table, unfinished, compression="zstd")
-        os.replace(unfinished, index_path(shard))
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+        index_shards(list_shards(options.folder), options.format, LimitsConfig(), options.workers)
+        summary = summarize(load_folder(options.folder))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(summary) if options.json else describe(summary))
+    return 0 if summary["good"] else 1
 
 
-def _fingerprint(format: str, rows: list[Row]) -> str:
-    # Messages are left out: they may quote a library, and another version words them otherwise.
-    digest = hashlib.sha256(format.encode())
-    for row in rows:
-        digest.update(json.dumps({**row, "message": None}, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def index_shards(shards: list[str], format: str, limits: LimitsConfig, workers: int) -> None:
-    """Builds the index of every shard in `workers` processes, with a progress bar.
-
-    Raises:
-        RuntimeError: a process died.
-    """
-    with process_map(workers) as mapper, tqdm(desc="checking", unit=" samples") as bar:
-        for number, shard in enumerate(shards):
-            bar.set_postfix_str(f"shard {number + 1} of {len(shards)}")
-            build_index(shard, format, limits, mapper, bar.update)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,15 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from data.formats import DEFAULT_TAGS, MediaKind, MediaSource, check_messages, make_sample, openai, read_record
+from data.formats import (
+    DEFAULT_TAGS,
+    MediaKind,
+    MediaSource,
+    check_messages,
+    make_sample,
+    openai,
+    read_record,
+)
 from data.sample import Message, Part, Sample, SampleError
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif")
@@ -111,8 +119,9 @@ def _read_json(media: MemberMedia, read: ReadMember) -> dict:
         raise SampleError(
             f"there is no json member. Members: {', '.join(media.names)}", cause="record_malformed"
         )
+    data = read("json")
     try:
-        record = json.loads(read("json"))
+        record = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise SampleError(f"the json member cannot be parsed ({error})", cause="record_malformed") from error
     if not isinstance(record, dict):

@@ -75,14 +75,14 @@ class Ledger:
         Raises:
             ValueError: the share of bad samples among the delivered ones exceeds `max_bad_share`.
         """
-        good = self.good if good is None else good
-        bad = self.bad if bad is None else bad
-        if bad <= max_bad_share * max(good + bad, JUDGED_FROM):
+        num_bad = self.bad if bad is None else bad
+        num_seen = num_bad + (self.good if good is None else good)
+        if num_bad <= max_bad_share * max(num_seen, JUDGED_FROM):
             return
         causes = Counter(entry.cause for entry in self.entries if entry.step > 0)
         named = ", ".join(f"{cause} {count}" for cause, count in causes.most_common(5))
         raise ValueError(
-            f"data.max_bad_share={max_bad_share}: {bad} of {good + bad} samples delivered so far were bad"
+            f"data.max_bad_share={max_bad_share}: {num_bad} of {num_seen} samples delivered so far were bad"
             f"{f' (here: {named})' if named else ''}. Mend the data named in the ledger, or raise the share."
         )
 

@@ -123,7 +123,6 @@ class Loader:
             self._dataset,
             batch_size=None,
             sampler=self._schedule,
-            collate_fn=_as_it_is,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             # A generator of its own: else the loader would draw from the global one of the model.
@@ -146,7 +145,7 @@ class Loader:
                     return
                 step, micro_batches = self._schedule.steps.popleft()
                 step.batches.append(batch)
-                while len(step.batches) < micro_batches and (batch := self._next(loaded)):
+                while len(step.batches) < micro_batches and (batch := self._next(loaded)) is not None:
                     step.batches.append(batch)
                 step.wait_seconds = time.perf_counter() - started
                 yield step
@@ -237,7 +236,3 @@ def _name_dead_worker(torch_handler: Callable[[int, Any], Any], signum: int, fra
 def _pids(error: RuntimeError) -> set[int]:
     found = re.search(r"pid(?:\(s\))? ([\d, ]+)\)", str(error))
     return {int(pid) for pid in found.group(1).split(",")} if found else set()
-
-
-def _as_it_is(loaded: Loaded) -> Loaded:
-    return loaded

@@ -79,7 +79,7 @@ def make_tokenizer() -> Tokenizer:
 def main() -> None:
     """Trains and writes the file."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description="Makes the built-in tokenizer, offline.",
         epilog="Example: python -m data.make_tokenizer --out data/assets/tokenizer.json",
     )
     parser.add_argument("--out", required=True, help="file to write")

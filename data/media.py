@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import av
 import numpy as np
 from av.audio.stream import AudioStream
+from av.error import FFmpegError
 from PIL import Image
 
 from data.config import LimitsConfig
@@ -143,7 +144,9 @@ def _image_error(error: Exception, data: bytes) -> SampleError:
     webp_missing = data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
     png_missing = data[:4] == b"\x89PNG" and b"IEND" not in data[-16:]
     if "truncated" in str(error).lower() or webp_missing or png_missing:
-        return SampleError(f"the picture is cut off after {len(data)} bytes ({error})", cause="image_truncated")
+        return SampleError(
+            f"the picture is cut off after {len(data)} bytes ({error})", cause="image_truncated"
+        )
     if isinstance(error, Image.UnidentifiedImageError):
         return SampleError(f"the picture is none of {', '.join(IMAGE_FORMATS)}", cause="image_corrupt")
     return SampleError(f"the picture is damaged ({error})", cause="image_corrupt")
@@ -201,6 +204,9 @@ def _resampled(data: bytes) -> Iterator[np.ndarray]:
             if not container.streams.audio:
                 raise SampleError("the file holds no audio", cause="audio_corrupt")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                # PyAV would crash the process.
+                raise SampleError("the audio is of an unknown codec", cause="audio_corrupt")
             promised = _promised_seconds(container.format.name, stream, data)
             resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
             seconds = 0.0
@@ -210,9 +216,9 @@ def _resampled(data: bytes) -> Iterator[np.ndarray]:
             yield from (piece.to_ndarray()[0] for piece in resampler.resample(None))
     except SampleError:
         raise
-    except av.error.EOFError as error:
+    except EOFError as error:
         raise SampleError("the recording is cut off before any sound", cause="audio_truncated") from error
-    except (av.error.FFmpegError, ValueError, ZeroDivisionError) as error:
+    except (FFmpegError, ValueError, ZeroDivisionError) as error:
         raise SampleError(f"the recording is damaged ({error})", cause="audio_corrupt") from error
     if seconds < promised - END_TOLERANCE_SECONDS:
         raise SampleError(
@@ -222,13 +228,13 @@ def _resampled(data: bytes) -> Iterator[np.ndarray]:
 
 def _frames(container, stream: AudioStream) -> Iterator[av.AudioFrame]:
     """Yields decoded frames. A last packet that cannot be decoded means that the file was cut off."""
-    failure: av.error.FFmpegError | None = None
+    failure: FFmpegError | None = None
     for packet in container.demux(stream):
         if failure and packet.size:
             raise failure
         try:
             frames = packet.decode() if not failure else []
-        except av.error.FFmpegError as error:
+        except FFmpegError as error:
             failure, frames = error, []
         yield from frames
     if failure:

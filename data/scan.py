@@ -1,16 +1,28 @@
-"""What is in one tar shard: its samples' members, and the sizes of every picture and recording.
+"""Makes the side index of a tar shard: finds its samples, decodes every one once, writes the sizes.
 
-Runs in worker processes while an index is built. Every sample is decoded whole once, so that
-what cannot be decoded is known before training.
+So what cannot be decoded is known before training. Decoding runs in worker processes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import TypedDict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from data.config import LimitsConfig
 from data.layouts import parse_members
@@ -21,6 +33,30 @@ MEMBER_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 """Key and part name, split at the first dot of the last path component, as webdataset does."""
 
 MESSAGE_CHARS = 500
+ROWS_PER_TASK = 32
+
+INDEX_VERSION = 1
+"""Raised when the columns or their meaning change; other versions must be indexed again."""
+
+INDEX_SUFFIX = ".index.parquet"
+
+
+def _struct_list(**fields: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.struct([pa.field(name, kind) for name, kind in fields.items()]))
+
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("members", _struct_list(name=pa.string(), offset=pa.int64(), size=pa.int64())),
+        ("images", _struct_list(name=pa.string(), width=pa.int32(), height=pa.int32())),
+        ("audios", _struct_list(name=pa.string(), num_samples=pa.int64())),
+        ("text_chars", pa.int64()),
+        ("tags", pa.list_(pa.string())),
+        ("cause", pa.string()),
+        ("message", pa.string()),
+    ]
+)
 
 
 @dataclass(slots=True)
@@ -71,7 +107,9 @@ def scan_shard(path: str, limits: LimitsConfig) -> list[Group]:
             )
     if problem:
         end = Group("rest-of-shard")
-        end.refuse("shard_truncated", f"the tar is cut off or damaged after {len(groups)} samples ({problem})")
+        end.refuse(
+            "shard_truncated", f"the tar is cut off or damaged after {len(groups)} samples ({problem})"
+        )
         groups.append(end)
     return groups
 
@@ -79,7 +117,7 @@ def scan_shard(path: str, limits: LimitsConfig) -> list[Group]:
 def _collect(tar: tarfile.TarFile, size: int, groups: list[Group]) -> bool:
     """Adds every member to its group; returns False where one reaches beyond the end of the file."""
     while (member := tar.next()) is not None:
-        tar.members = []  # or tarfile would keep all headers of the shard
+        tar.members = []  # type: ignore[attr-defined]  # or tarfile would keep all headers of the shard
         if not member.isreg() or member.issparse():
             continue
         if member.offset_data + member.size > size:
@@ -163,3 +201,93 @@ def _measure_media(row: Row, sample: Sample, part: Part, data: bytes, limits: Li
     except SampleError as error:
         origin = f" ({sample.origin})" if sample.origin else ""
         raise SampleError(f"{part.media}: {error}{origin}", cause=error.cause) from error
+
+
+def index_path(shard: str) -> str:
+    """Returns where the index of a tar lies."""
+    return shard[: -len(".tar")] + INDEX_SUFFIX
+
+
+Mapper = Callable[[Callable, list], Iterable]
+
+
+def build_index(
+    shard: str,
+    format: str,
+    limits: LimitsConfig,
+    mapper: Mapper = map,
+    progress: Callable[[float], object] = lambda share: None,
+) -> None:
+    """Decodes all of a shard once and writes its index beside it, whole or not at all.
+
+    Args:
+        shard: path of the tar.
+        format: layout of its members, one of `LAYOUTS`.
+        limits: what one sample may ask.
+        mapper: `map`, or that of a process pool.
+        progress: called with the share of the shard that was just done.
+    """
+    before = os.stat(shard)
+    groups = scan_shard(shard, limits)
+    tasks = [groups[start : start + ROWS_PER_TASK] for start in range(0, len(groups), ROWS_PER_TASK)]
+    rows: list[Row] = []
+    for measured in mapper(partial(measure_rows, shard, layout=format, limits=limits), tasks):
+        rows += measured
+        progress(len(measured) / len(groups))
+    footer = {
+        "version": INDEX_VERSION,
+        "format": format,
+        "num_bytes": before.st_size,
+        "mtime_ns": before.st_mtime_ns,
+        "fingerprint": _fingerprint(format, rows),
+    }
+    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({"shard": json.dumps(footer)}))
+    unfinished = index_path(shard) + ".part"
+    try:
+        pq.write_table(table, unfinished, compression="zstd")
+        os.replace(unfinished, index_path(shard))
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+
+
+def _fingerprint(format: str, rows: list[Row]) -> str:
+    # Messages are left out: they may quote a library, and another version words them otherwise.
+    digest = hashlib.sha256(format.encode())
+    for row in rows:
+        digest.update(json.dumps({**row, "message": None}, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def index_shards(shards: list[str], format: str, limits: LimitsConfig, workers: int) -> None:
+    """Builds the index of every shard in `workers` processes, with a progress bar.
+
+    Raises:
+        RuntimeError: one of the processes died.
+    """
+    sizes = [os.path.getsize(shard) for shard in shards]
+    with (
+        _process_map(workers) as mapper,
+        tqdm(desc="checking", total=sum(sizes), unit="B", unit_scale=True) as bar,
+    ):
+        for number, (shard, size) in enumerate(zip(shards, sizes), start=1):
+            bar.set_postfix_str(f"shard {number} of {len(shards)}")
+            try:
+                build_index(shard, format, limits, mapper, lambda share, size=size: bar.update(share * size))
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    f"{shard}: a process died while decoding it, for lack of memory or in a codec. "
+                    f"Use fewer --workers, or find the sample with --workers 1."
+                ) from error
+
+
+@contextmanager
+def _process_map(workers: int) -> Iterator[Mapper]:
+    if workers <= 1:
+        yield map
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -162,15 +162,16 @@ class _Writer:
         self._put([self.tokenizer.special(name)], supervised)
 
     def media(self, name: str, span: ImageSpan | AudioSpan) -> None:
-        if isinstance(span, ImageSpan):
-            kind, write = "image", self._image
-        else:
-            kind, write = "audio", self._audio
+        if isinstance(span, AudioSpan):
             self.recordings += 1
             self.text(f"Audio {self.recordings}: ")
         self._flush()
         start = len(self.ids)
-        write(span)
+        if isinstance(span, ImageSpan):
+            self._image(span)
+        else:
+            self._audio(span)
+        kind = "image" if isinstance(span, ImageSpan) else "audio"
         self.spans.append(MediaSpan(kind, name, start, len(self.ids), span.items))
         self.text("\n")
 

@@ -5,6 +5,7 @@ Workers hold no state that matters: any worker gives the same micro-batch for th
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import signal
@@ -144,6 +145,12 @@ class MicroBatches(Dataset):
 
 
 def start_worker(_worker_id: int) -> None:
-    """Makes a worker deaf to SIGINT and SIGTERM: the rank answers them, and still needs its batches."""
+    """Prepares a new worker process.
+
+    It is made deaf to SIGINT and SIGTERM: the rank answers them, and still needs its batches. And it
+    ends without the exit handlers of C++ libraries: their threads sometimes abort the process there,
+    which torch would report as a killed worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    atexit.register(os._exit, 0)

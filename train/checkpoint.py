@@ -22,7 +22,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from train.engine import Engine, Fragment
+from train.engine import Engine
+from train.fragments import MOMENTS, Fragment
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -74,10 +75,13 @@ def _explain(error: OSError) -> str:
 def _write_rank_file(engine: Engine, path: Path) -> dict[str, tuple[int, ...]]:
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for index, fragment in enumerate(_all_fragments(engine)):
+    num_replicated = 0
+    for fragment in _all_fragments(engine):
         shapes[fragment.name] = fragment.shape
-        if fragment.replicated and index % engine.world_size != engine.rank:
-            continue
+        if fragment.replicated:  # every rank counts the same ones, so each is written once
+            num_replicated += 1
+            if num_replicated % engine.world_size != engine.rank:
+                continue
         for kind, tensor in fragment.tensors.items():
             tensors[f"{kind}/{fragment.name}/{fragment.start}"] = tensor.detach().cpu().contiguous()
     tensors["rng/cpu/0"] = torch.get_rng_state()
@@ -111,7 +115,7 @@ def _complete(engine: Engine, partial: Path, final: Path, step: int, state: dict
             "step": step,
             "world_size": engine.world_size,
             "zero": engine.config.zero.value,
-            "optimizer_steps": engine.optimizer_step_count(),
+            "optimizer_steps": engine.optimizer_steps(),
             "files": files,
             "shapes": shapes,
         }
@@ -205,7 +209,9 @@ class PieceReader:
                 parts.append(view[place - begin : min(stop, end) - begin])
                 place = min(stop, end)
         if place < stop:
-            raise ValueError(f"{self.folder}: {kind} of {name} has no elements from {place}. Use another one.")
+            raise ValueError(
+                f"{self.folder}: {kind} of {name} ends before {stop}. Use another one."
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def has_moments(self) -> bool:
@@ -228,7 +234,7 @@ def restore_checkpoint(engine: Engine, reader: PieceReader) -> None:
     copy_weights(engine, reader)
     if reader.has_moments():
         for fragment in engine.trained_fragments():
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in MOMENTS:
                 piece = reader.read(kind, fragment.name, fragment.start, fragment.stop)
                 fragment.tensors[kind].copy_(piece)
     state = reader.rng_state("cpu", engine.rank)

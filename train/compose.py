@@ -94,7 +94,11 @@ def reword(error: Exception) -> str:
         return _unknown_option(*missing_option.groups())
     key = re.search(r"full_key: ([\w.\[\]]+)", detail + "\n" + text)
     path = key.group(1) if key else ""
-    if "is not in struct" in detail or "not in 'RunConfig'" in detail or re.search(r"Key '.*' not in", detail):
+    if (
+        "is not in struct" in detail
+        or "not in 'RunConfig'" in detail
+        or re.search(r"Key '.*' not in", detail)
+    ):
         return _unknown_key(path or _override_in(text))
     reason = detail.splitlines()[0].rstrip(".")
     return f"{path or _override_in(text) or 'command line'}: {reason}. See --cfg job for what is allowed."

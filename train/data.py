@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 from data.counts import Tables, build_tables
 from data.encode import Encoder
 from data.loader import Loader
@@ -56,8 +53,6 @@ def load_tables(config: RunConfig, engine: Engine, encoder: Encoder, split: str)
 
 def build_planner(config: RunConfig, tables: Tables, *, epochs: float | None) -> Planner:
     """Returns the plan over `tables`; `epochs` None runs on for ever."""
-    facts = [tables.digest, config.data.pack.length, config.data.pack.buffer, config.train.packs_per_step]
-    fingerprint = hashlib.blake2b(json.dumps([*facts, config.seed]).encode(), digest_size=8).hexdigest()
     return Planner(
         tables.tables,
         config.data.pack,
@@ -65,7 +60,7 @@ def build_planner(config: RunConfig, tables: Tables, *, epochs: float | None) ->
         seed=config.seed,
         shuffle_shards=config.data.shuffle_shards,
         epochs=epochs,
-        fingerprint=fingerprint,
+        fingerprint=tables.fingerprint,
     )
 
 

@@ -4,8 +4,7 @@
 without CPU offload. Both take gradients of a *sum* over the global batch: a caller divides its
 loss by the global count and calls `backward`; the engine undoes every averaging of its library.
 
-Both hand out the master weights and AdamW moments they hold as `Fragment`s, flat views with the
-parameter's name and range, so that train/checkpoint.py needs to know nothing about partitions.
+Both hand out the master weights and AdamW moments they hold as `Fragment`s (train/fragments.py).
 """
 
 from __future__ import annotations
@@ -14,18 +13,27 @@ import contextlib
 import math
 import os
 import socket
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from train.config import Precision, RunConfig
+from train.fragments import (
+    Fragment,
+    NamedShapes,
+    stage3_fragments,
+    stage3_frozen_fragments,
+    stage12_fragments,
+    start_state,
+    step_count,
+    whole_fragments,
+)
 from train.optim import build_optimizer, group_module
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True)
@@ -35,22 +43,6 @@ class StepResult:
     applied: bool
     grad_norm: float
     module_norms: dict[str, float]
-
-
-@dataclass(slots=True)
-class Fragment:
-    """Elements [start, stop) of a flattened parameter, as views that may be read or written.
-
-    `tensors` holds `weight` (fp32 master where it trains) and, where it trains, both moments.
-    `replicated` says that every rank holds the same fragment.
-    """
-
-    name: str
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    replicated: bool = False
 
 
 class Engine(ABC):
@@ -97,16 +89,16 @@ class Engine(ABC):
         """Yields what this rank holds of frozen parameters."""
 
     @abstractmethod
-    def optimizer_step_count(self) -> int:
-        """Returns how many updates the optimizer has applied."""
-
-    @abstractmethod
-    def start_moments(self, step_count: int) -> None:
-        """Creates zero moments as they would stand after `step_count` updates."""
+    def start_moments(self, steps: int) -> None:
+        """Creates zero moments as they would stand after `steps` updates."""
 
     @abstractmethod
     def publish_weights(self) -> None:
         """Copies master weights that were written through fragments to where the model reads them."""
+
+    def optimizer_steps(self) -> int:
+        """Returns how many updates the optimizer has applied."""
+        return step_count(self.optimizer)
 
     def set_lr(self, factor: float) -> None:
         """Sets every parameter group to `factor` times its peak learning rate."""
@@ -197,24 +189,15 @@ class DDPEngine(Engine):
         return result
 
     def trained_fragments(self):  # noqa: D102
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                state = self.optimizer.state.get(parameter, {})
-                tensors = {"weight": parameter.data} | {key: state[key] for key in MOMENTS if key in state}
-                yield _whole(name, parameter, tensors)
+        return whole_fragments(self.model, self.optimizer, trained=True)
 
     def frozen_fragments(self):  # noqa: D102
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                yield _whole(name, parameter, {"weight": parameter.data})
+        return whole_fragments(self.model, self.optimizer, trained=False)
 
-    def optimizer_step_count(self):  # noqa: D102
-        return _step_count(self.optimizer)
-
-    def start_moments(self, step_count):  # noqa: D102
+    def start_moments(self, steps):  # noqa: D102
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                _start_state(self.optimizer, parameter, step_count)
+                start_state(self.optimizer, parameter, steps)
 
     def publish_weights(self):  # noqa: D102
         pass
@@ -226,8 +209,8 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: RunConfig, accelerator, model: nn.Module) -> None:
         super().__init__(config, accelerator)
         self.model = model
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._names = NamedShapes(model)
+        self._stage3 = config.zero.stage == 3
         optimizer = build_optimizer(model, config, fused=self.device.type == "cuda")
         prepared = accelerator.prepare(model, optimizer)
         self.ds = prepared[0]
@@ -239,7 +222,11 @@ class DeepSpeedEngine(Engine):
     def _record_group_norms(self) -> None:
         # DeepSpeed computes a norm per group (per sub-group in stage 3) on its way to the global
         # one and forgets it. Listening costs nothing; computing it again would cost a pass.
-        name = "complete_grad_norm_calculation_for_cpu_offload" if self.config.zero.offload else "get_grad_norm_direct"
+        name = (
+            "complete_grad_norm_calculation_for_cpu_offload"
+            if self.config.zero.offload
+            else "get_grad_norm_direct"
+        )
         original = getattr(self.zero, name)
 
         def listen(*arguments, **keywords):
@@ -272,7 +259,7 @@ class DeepSpeedEngine(Engine):
         return result
 
     def _group_norms(self) -> list[float]:
-        if self.config.zero.stage < 3:
+        if not self._stage3:
             return self._norms
         squares = [0.0] * len(self.optimizer.param_groups)
         for sub_group, norm in enumerate(self._norms):
@@ -280,64 +267,24 @@ class DeepSpeedEngine(Engine):
         return [math.sqrt(value) for value in squares]
 
     def trained_fragments(self):  # noqa: D102
-        return self._stage3_fragments() if self.config.zero.stage == 3 else self._stage12_fragments()
-
-    def _stage12_fragments(self) -> Iterator[Fragment]:
-        zero = self.zero
-        for index, flat in enumerate(zero.single_partition_of_fp32_groups):
-            begin = zero.partition_size[index] * self.rank
-            end = begin + zero.partition_size[index]
-            offsets = zero.round_robin_bit16_offsets[index]
-            for parameter, offset in zip(zero.round_robin_bit16_groups[index], offsets):
-                first, last = max(offset, begin), min(offset + parameter.numel(), end)
-                if first < last:
-                    yield self._fragment(parameter, first - offset, last - offset, flat, first - begin)
-
-    def _stage3_fragments(self) -> Iterator[Fragment]:
-        zero = self.zero
-        for group in zero.fp16_groups:
-            for parameter in group:
-                sub_group, place, size = zero.grad_position[zero.get_param_id(parameter)]
-                first = size * self.rank
-                last = min(first + size, parameter.ds_numel)
-                if first < last:
-                    flat = zero.fp32_partitioned_groups_flat[sub_group]
-                    yield self._fragment(parameter, first, last, flat, place)
-
-    def _fragment(self, parameter, start: int, stop: int, flat: torch.Tensor, place: int) -> Fragment:
-        name = self._names[id(parameter)]
-        state = self.optimizer.state.get(flat, {})
-        sources = {"weight": flat.data} | {key: state[key] for key in MOMENTS if key in state}
-        views = {key: source.narrow(0, place, stop - start) for key, source in sources.items()}
-        return Fragment(name, start, stop, self._shapes[name], views)
+        fragments = stage3_fragments if self._stage3 else stage12_fragments
+        return fragments(self.zero, self.rank, self._names)
 
     def frozen_fragments(self):  # noqa: D102
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                continue
-            name = self._names[id(parameter)]
-            if self.config.zero.stage < 3:
-                yield _whole(name, parameter, {"weight": parameter.data})
-                continue
-            size = parameter.ds_tensor.ds_numel
-            first, last = size * self.rank, min(size * (self.rank + 1), parameter.ds_numel)
-            if first < last:
-                view = parameter.ds_tensor.data.view(-1).narrow(0, 0, last - first)
-                yield Fragment(name, first, last, self._shapes[name], {"weight": view})
+        if self._stage3:
+            return stage3_frozen_fragments(self.model, self.rank, self._names)
+        return whole_fragments(self.model, self.optimizer, trained=False)
 
-    def optimizer_step_count(self):  # noqa: D102
-        return _step_count(self.optimizer)
-
-    def start_moments(self, step_count):  # noqa: D102
-        stage3 = self.config.zero.stage == 3
-        flats = self.zero.fp32_partitioned_groups_flat if stage3 else self.zero.single_partition_of_fp32_groups
+    def start_moments(self, steps):  # noqa: D102
+        zero = self.zero
+        flats = zero.fp32_partitioned_groups_flat if self._stage3 else zero.single_partition_of_fp32_groups
         for flat in flats:
-            _start_state(self.optimizer, flat, step_count)
+            start_state(self.optimizer, flat, steps)
 
     @torch.no_grad()
     def publish_weights(self):  # noqa: D102
         zero = self.zero
-        if self.config.zero.stage == 3:
+        if self._stage3:
             zero._partition_all_parameters()
             for sub_group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(sub_group)
@@ -348,34 +295,11 @@ class DeepSpeedEngine(Engine):
             parts = zero.parallel_partitioned_bit16_groups[index]
             parts[self.rank].data.copy_(flat.data)
             if self.world_size > 1:
-                dist.all_gather_into_tensor(zero.bit16_groups_flat[index], parts[self.rank].clone())
-
-
-def _whole(name: str, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Fragment:
-    flat = {key: tensor.view(-1) for key, tensor in tensors.items()}
-    return Fragment(name, 0, parameter.numel(), tuple(parameter.shape), flat, replicated=True)
+                dist.all_gather([part.data for part in parts], parts[self.rank].data.clone())
 
 
 def _norm(grads: list[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-
-
-def _step_count(optimizer) -> int:
-    counts = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
-    assert len(counts) <= 1, f"optimizer steps differ: {counts}"
-    return counts.pop() if counts else 0
-
-
-def _start_state(optimizer, parameter: torch.Tensor, step_count: int) -> None:
-    """Gives `parameter` the state that torch's AdamW or DeepSpeed's CPU Adam makes by itself."""
-    state = optimizer.state[parameter]
-    if isinstance(optimizer, torch.optim.AdamW):
-        fused = bool(optimizer.defaults.get("fused"))
-        state["step"] = torch.tensor(float(step_count), device=parameter.device if fused else "cpu")
-    else:
-        state["step"] = step_count
-    for key in MOMENTS:
-        state[key] = torch.zeros_like(parameter.data)
 
 
 def start_engine(config: RunConfig):
@@ -385,6 +309,8 @@ def start_engine(config: RunConfig):
         ValueError: the launcher's environment, the number of ranks or the machine do not fit.
     """
     _complete_environment()
+    for message in ("OMP_NUM_THREADS", ".*all_gather_into_tensor", ".*reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=message)  # from the libraries; nothing to act on
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if config.zero.stage == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -72,6 +71,7 @@ def train(run: Training) -> Path:
     """
     _listen_for_sigterm(run)
     checkpoint = run.folder.checkpoints / f"step-{run.step:08d}"
+    run.meters.start()
     for work in _steps(run):
         totals = count(run, work)
         result = train_step(run, work, totals)
@@ -186,13 +186,15 @@ class Due:
 def _log(run: Training, work: StepBatches, result: StepResult | None, *, evaluate: bool) -> None:
     engine = run.engine
     factor = lr_factor(work.step, run.total_steps, run.config.optim)
-    rates = {group["name"].split("/")[0]: group["peak_lr"] * factor for group in engine.optimizer.param_groups}
+    rates = {
+        group["name"].split("/")[0]: group["peak_lr"] * factor for group in engine.optimizer.param_groups
+    }
     norms = {"grad_norm": result.grad_norm, "grad_norm_by_module": result.module_norms} if result else {}
     record = run.meters.record(
         work.step,
         engine.all_reduce,
         engine.world_size,
-        epoch=work.planner_state["epoch"],
+        epoch=0.0,
         lr=rates,
         drawn=work.drawn,
         **norms,
@@ -244,7 +246,3 @@ def _listen_for_sigterm(run: Training) -> None:
 
     signal.signal(signal.SIGTERM, ask)
 
-
-def finite(value: float | None) -> bool:
-    """Returns whether a loss is a number one can compare."""
-    return value is not None and math.isfinite(value)

@@ -101,6 +101,10 @@ class Meters:
         self.bad_samples = bad_samples
         self.skipped_steps = skipped_steps
         self._device = device
+        self.start()
+
+    def start(self) -> None:
+        """Starts all clocks: once more just before the first step, so that loading is not counted."""
         self._started = time.perf_counter()
         self._reset(self._started)
 

@@ -165,11 +165,23 @@ def banner(
     """Returns what a person should see before the first step."""
     spread = "DDP" if config.zero.stage == 0 else f"DeepSpeed {config.zero.value}"
     where = f"{engine.world_size} x {engine.device.type}, {spread}, {config.precision.value}"
-    lines = [f"Stage {config.stage} of {config.model.name} in {Path(config.run)}: {total_steps} steps, {where}"]
+    lines = [
+        f"Stage {config.stage} of {config.model.name} in {Path(config.run)}: {total_steps} steps, {where}"
+    ]
     lines.append(f"  {beginning}")
     for name, size in sizes.items():
         state = f"trains at lr {config.learning_rate(name):g}" if config.tuned[name] else "frozen"
         lines.append(f"  {name:<15} {size / 1e6:10.2f}M  {state}")
-    lines += [f"  train     {line}" for line in tables.describe()]
-    lines += [f"  held out  {line}" for line in held_out.describe()] or ["  held out  none"]
+    lines += describe("train", tables) + describe("held out", held_out)
     return "\n".join(lines)
+
+
+def describe(title: str, tables: Tables) -> list[str]:
+    """Returns a line per source: what is taken of it and what is left out, by reason."""
+    lines = []
+    for name, facts in tables.report.items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in facts["modality"].items())
+        line = f"  {title:<9} {name}: {facts['samples']} samples ({kinds or 'none'}), {facts['tokens']} tokens"
+        left_out = ", ".join(f"{count} {reason}" for reason, count in facts["excluded"].items())
+        lines.append(f"{line}; left out: {left_out}" if left_out else line)
+    return lines or [f"  {title:<9} nothing"]

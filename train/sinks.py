@@ -88,16 +88,19 @@ class ConsoleSink:
         self._total = total_steps
         self._bar = None
         if self._stream.isatty():
-            self._bar = tqdm(initial=step, total=total_steps, unit="step", file=self._stream)
+            self._bar = tqdm(
+                initial=step, total=total_steps, unit="step", file=self._stream, dynamic_ncols=True
+            )
 
     def write(self, record: Record) -> None:
-        """Shows the record: training records move the bar, others (such as evaluation) get a line."""
+        """Shows the record; one with a held-out loss also leaves a line above the bar."""
         if self._bar is None:
             print(format_line(record, self._total), file=self._stream, flush=True)
-        elif "seconds_per_step" in record:
-            self._bar.set_postfix_str("  ".join(_training_parts(record)), refresh=False)
-            self._bar.update(record["step"] - self._bar.n)
-        else:
+            return
+        self._bar.set_postfix_str("  ".join(_shown_parts(record)), refresh=False)
+        self._bar.update(record["step"] - self._bar.n)
+        self._bar.refresh()  # update() alone leaves out what comes within a tenth of a second
+        if "held_out" in record:
             self._bar.write(format_line(record, self._total), file=self._stream)
 
     def close(self) -> None:
@@ -109,24 +112,21 @@ class ConsoleSink:
 def format_line(record: Record, total_steps: int) -> str:
     """Returns a record as one line for people."""
     parts = [f"step {record['step']}/{total_steps}"]
-    if "seconds_per_step" not in record:
-        return "  ".join(
-            parts + [f"{name} {_number(value)}" for name, value in flatten(record) if name != "step"]
-        )
     left = (total_steps - record["step"]) * record["seconds_per_step"]
-    return "  ".join([*parts, *_training_parts(record), f"eta {format_seconds(left)}"])
+    return "  ".join([*parts, *_shown_parts(record), f"eta {format_seconds(left)}"])
 
 
-def _training_parts(record: Record) -> list[str]:
+def _shown_parts(record: Record) -> list[str]:
     shown: dict[str, Callable[[Any], str]] = {
         "loss": lambda value: f"loss {value:.4f}",
-        "lr": lambda value: f"lr {value:.3g}",
+        "lr": lambda value: f"lr {_highest(value):.3g}",
         "grad_norm": lambda value: f"grad {value:.3g}",
         "tokens_per_second": lambda value: f"{_thousands(value)} tok/s",
         "fill": lambda value: f"fill {value:.1%}",
         "mfu": lambda value: f"mfu {value:.1%}",
         "data_wait_share": lambda value: f"wait {value:.1%}",
         "memory_gib": lambda value: f"mem {value:.1f}G",
+        "held_out": lambda value: f"held-out loss {_loss(value)}",
     }
     parts = [show(record[name]) for name, show in shown.items() if record.get(name) is not None]
     parts += [f"{name} not finite" for name in record.get("nonfinite", [])]
@@ -136,8 +136,13 @@ def _training_parts(record: Record) -> list[str]:
     return parts
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _highest(rate: float | dict[str, float]) -> float:
+    """Returns the learning rate, or the highest of several modules."""
+    return max(rate.values()) if isinstance(rate, dict) else rate
+
+
+def _loss(held_out: Record) -> str:
+    return "none" if held_out["loss"] is None else f"{held_out['loss']:.4f}"
 
 
 def _thousands(value: float) -> str:

@@ -30,7 +30,9 @@ def open_parent(config: RunConfig) -> tuple[WeightReader, dict[str, Any]] | None
         raise ValueError(f"init_from={run}: there is no such folder. Name the run of an earlier stage.")
     stage_file = run / "final" / "stage.json"
     if not stage_file.is_file():
-        raise ValueError(f"init_from={run}: its stage is not complete (no final/stage.json). Finish it first.")
+        raise ValueError(
+            f"init_from={run}: its stage is not complete (no final/stage.json). Finish it first."
+        )
     stage = json.loads(stage_file.read_text())
     if stage["stage"] not in config.parents:
         raise ValueError(

@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from train.model import attention
 from train.model.attention import ATTENTION, varlen_attention, varlen_options
 from train.model.config import LLMConfig
 from train.model.llm import RotaryTable, build_llm, llama_config
@@ -96,6 +98,19 @@ def test_the_installed_varlen_kernel_knows_every_argument_we_pass():
     signature = inspect.signature(varlen.varlen_attn)
     for causal in (True, False):
         signature.bind(*[None] * 7, **varlen_options(signature.parameters, causal, grouped=True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_half_precision_on_cuda_is_one_call_that_reads_no_lengths_from_the_device(causal, monkeypatch):
+    pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(attention, "_cuda_kernel", attention._torch_kernel)
+    with FakeTensorMode(), torch.no_grad():  # shapes without data: reading one raises
+        q, k = (torch.empty(21, h, 8, device="cuda", dtype=torch.bfloat16) for h in (HEADS, KV_HEADS))
+        cu = torch.empty(4, device="cuda", dtype=torch.int32)
+        out = varlen_attention(q, k, k, cu, cu, 9, 9, causal)
+        assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "cuda")
+        with pytest.raises(DataDependentOutputException):
+            varlen_attention(q.float(), k.float(), k.float(), cu, cu, 9, 9, causal)
 
 
 def test_half_precision_under_autocast_is_the_attention_of_cast_inputs():

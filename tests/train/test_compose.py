@@ -58,7 +58,9 @@ def test_every_recipe_opens_with_an_experiment_card(recipe):
 
 
 def test_the_command_line_wins_over_model_and_recipe():
-    config = config_of("recipe=omni_sft", "model=tiny", "optim.lr=1e-4", "tune_llm=false", "data.pack.length=512")
+    config = config_of(
+        "recipe=omni_sft", "model=tiny", "optim.lr=1e-4", "tune_llm=false", "data.pack.length=512"
+    )
     assert config.optim.lr == 1e-4 and not config.tune_llm and config.data.pack.length == 512
 
 
@@ -71,7 +73,11 @@ def test_a_model_size_sets_what_suits_it():
 
 def test_three_mistakes_are_named_together_each_on_its_own_line():
     lines = mistakes("optim.lr=-1", "data.pack.length=100", "tune_llm=false", "optim.module_lr.llm=1e-5")
-    assert sorted(line.split("=")[0] for line in lines) == ["data.pack.length", "optim.lr", "optim.module_lr.llm"]
+    assert sorted(line.split("=")[0] for line in lines) == [
+        "data.pack.length",
+        "optim.lr",
+        "optim.module_lr.llm",
+    ]
 
 
 def test_a_bad_recipe_is_refused_without_importing_torch():
@@ -84,7 +90,9 @@ def test_a_bad_recipe_is_refused_without_importing_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == ["optim.lr=-1.0: must be above 0. Use 1e-5 for omni_sft, 1e-3 for a connector."]
+    assert done.stderr.splitlines() == [
+        "optim.lr=-1.0: must be above 0. Use 1e-5 for omni_sft, 1e-3 for a connector."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -171,12 +179,16 @@ def test_a_folder_with_another_config_is_refused_with_every_difference(tmp_path)
     folder.check(first)
     folder.create(first)
     folder.check(first)
-    moved = config_of("model=tiny", f"run={tmp_path}/r", "optim.lr=1e-3", "seed=1", "zero=zero3", "log.every=1")
+    moved = config_of(
+        "model=tiny", f"run={tmp_path}/r", "optim.lr=1e-3", "seed=1", "zero=zero3", "log.every=1"
+    )
     RunFolder(moved).check(moved)
     other = config_of("model=tiny", f"run={tmp_path}/r", "optim.lr=2e-3", "seed=2")
     with pytest.raises(ValueError) as error:
         RunFolder(other).check(other)
-    assert "optim.lr: 0.001 there, 0.002 now" in str(error.value) and "seed: 1 there, 2 now" in str(error.value)
+    assert "optim.lr: 0.001 there, 0.002 now" in str(error.value) and "seed: 1 there, 2 now" in str(
+        error.value
+    )
     never = config_of("model=tiny", f"run={tmp_path}/r", "optim.lr=1e-3", "seed=1", "resume=never")
     with pytest.raises(ValueError, match="resume=never"):
         RunFolder(never).check(never)
@@ -184,5 +196,7 @@ def test_a_folder_with_another_config_is_refused_with_every_difference(tmp_path)
 
 def test_yaml_of_a_config_composes_to_itself(tmp_path):
     config = config_of("recipe=vision_tune", "model=tiny")
-    again = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(to_yaml(config))))
+    again = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(to_yaml(config)))
+    )
     assert again == config

@@ -76,15 +76,21 @@ def test_console_without_a_terminal_prints_one_plain_line_per_record():
     )
 
 
-def test_console_on_a_terminal_moves_a_bar_to_the_step_and_keeps_other_records_as_lines():
+def test_console_on_a_terminal_moves_a_bar_and_leaves_a_line_per_evaluation():
     stream = Terminal()
     sink = ConsoleSink(100, 1000, stream)
     sink.write(RECORD)
-    sink.write({"step": 120, "eval": {"loss": 2.5}})
-    sink.close()
     assert "120/1000" in stream.getvalue()
-    assert "loss 2.3100" in stream.getvalue()
-    assert "step 120/1000  eval/loss 2.5\n" in stream.getvalue()
+    assert "step 120/1000" not in stream.getvalue()
+    sink.write({**RECORD, "step": 130, "held_out": {"loss": 2.5}})
+    sink.close()
+    assert "step 130/1000  loss 2.3100" in stream.getvalue()
+    assert "held-out loss 2.5000" in stream.getvalue()
+
+
+def test_line_shows_the_highest_learning_rate_of_several_modules():
+    line = format_line({**RECORD, "lr": {"llm": 1e-5, "vision_proj": 1e-3}}, 1000)
+    assert "lr 0.001" in line
 
 
 def test_line_names_what_was_not_finite_and_what_went_wrong():

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from tiny_model import MEDIA, VISION, make_batch, make_sample
 from torch import nn
 from torch.testing import assert_close
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from data.geometry import ImageGeometry
 from data.sample import VisionBatch
+from tests.train.tiny_model import MEDIA, VISION, make_batch, make_sample
 from train.model.vision import Vision, VisionEncoder
 
 WIDTH = 64
@@ -17,7 +17,7 @@ def randomise(module):
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.1)
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
     return module.eval()
 
 
@@ -58,7 +58,9 @@ def square(side, image):
 
 def load(encoder, reference):
     prefix = "vision_model." if any(n.startswith("vision_model.") for n in reference.state_dict()) else ""
-    weights = {n.removeprefix(prefix): w for n, w in reference.state_dict().items() if "position_ids" not in n}
+    weights = {
+        n.removeprefix(prefix): w for n, w in reference.state_dict().items() if "position_ids" not in n
+    }
     encoder.load_state_dict(weights)
 
 
@@ -133,9 +135,9 @@ def padded_reference(resampler, features, batch):
     attention.load_state_dict(resampler.attn.state_dict())
     lengths = batch.cu_seqlens.diff().tolist()
     values = resampler.ln_kv(resampler.kv_proj(features))
-    keys = torch.cat([
-        part + positions(rows, columns) for part, (rows, columns) in zip(values.split(lengths), batch.grids)
-    ])
+    keys = torch.cat(
+        [part + positions(rows, columns) for part, (rows, columns) in zip(values.split(lengths), batch.grids)]
+    )
     keys, values = (nn.utils.rnn.pad_sequence(list(x.split(lengths)), True) for x in (keys, values))
     mask = torch.arange(keys.shape[1])[None] >= torch.tensor(lengths)[:, None]
     query = resampler.ln_q(resampler.query).expand(len(lengths), -1, -1)

@@ -37,7 +37,7 @@ def tiny_model(seed: int = 0, recompute: bool = False) -> MegrezOmni:
 
 
 def make_sample(seed: int, text: int, grids=(), clips=()) -> EncodedSample:
-    """`text` random tokens, the later half supervised, after slices of `grids` and clips of `clips` frames."""
+    """Slices of `grids`, clips of `clips` frames, then `text` random tokens, the later half supervised."""
     rng = np.random.default_rng(seed)
     width = 3 * MEDIA.image.patch_pixels**2
     tokens = [(frames - 2) // 2 + 1 for frames in clips]

@@ -8,8 +8,9 @@ padded. `ATTENTION` is the name under which an unmodified transformers model fin
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -59,14 +60,15 @@ def _per_segment(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, ca
     keys = k.split([count * len_k for (_, len_k), count in runs])
     values = v.split([count * len_k for (_, len_k), count in runs])
     parts = [
-        _run(queries[i], keys[i], values[i], count, len_k, causal) for i, ((_, len_k), count) in enumerate(runs)
+        _run(q_run, k_run, v_run, count, len_k, causal)
+        for q_run, k_run, v_run, ((_, len_k), count) in zip(queries, keys, values, runs)
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _lengths(cu: Tensor) -> list[int]:
     ends = cu.tolist()
-    return [stop - start for start, stop in zip(ends, ends[1:])]
+    return [stop - start for start, stop in pairwise(ends)]
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, count: int, len_k: int, causal: bool) -> Tensor:
@@ -74,17 +76,17 @@ def _run(q: Tensor, k: Tensor, v: Tensor, count: int, len_k: int, causal: bool) 
     if not len(q) or not len_k:
         return torch.zeros_like(q)
     assert not causal or len(q) == len(k)
-    stacked = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(*stacked, is_causal=causal, enable_gqa=grouped)
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(0, 1)
 
 
 @lru_cache(maxsize=1)
-def _cuda_kernel():
+def _cuda_kernel() -> Callable[..., Tensor] | None:
     """Returns the fastest variable-length kernel installed, or None."""
     try:
-        from flash_attn import flash_attn_varlen_func
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
     except ImportError:
         return _torch_kernel()
 
@@ -94,7 +96,7 @@ def _cuda_kernel():
     return kernel
 
 
-def _torch_kernel():
+def _torch_kernel() -> Callable[..., Tensor] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # torch < 2.10
@@ -103,7 +105,9 @@ def _torch_kernel():
 
     def kernel(q, k, v, cu_q, cu_k, max_q, max_k, causal):
         options = varlen_options(known, causal, grouped=q.shape[1] != k.shape[1])
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+        out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+        assert isinstance(out, Tensor)
+        return out
 
     return kernel
 
@@ -124,20 +128,18 @@ def varlen_options(known, causal: bool, grouped: bool) -> dict[str, Any]:
     return options
 
 
-def _transformers_attention(
-    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, cu_seq_lens_k=None, **options
-):
+def _transformers_attention(module, query, key, value, attention_mask, scaling=None, **options):
     """Attention function in transformers' form: tensors are [1, H, T, d], the result [1, T, H, d].
 
     Without segments (generation with a cache, padded batches) it is transformers' SDPA, whose mask
     `AttentionMaskInterface` builds under the same name.
     """
-    if cu_seq_lens_q is None:
+    if options.get("cu_seq_lens_q") is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     assert query.shape[0] == 1 and scaling in (None, query.shape[-1] ** -0.5)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    lengths = options["max_length_q"], options["max_length_k"]
-    return varlen_attention(q, k, v, cu_seq_lens_q, cu_seq_lens_k, *lengths, causal=True)[None], None
+    segments = (options[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+    return varlen_attention(q, k, v, *segments, causal=True)[None], None
 
 
 AttentionInterface.register(ATTENTION, _transformers_attention)

@@ -55,6 +55,8 @@ class _ChunkedLoss(torch.autograd.Function):
             chunk = hidden[rows].to(dtype)
             log_probs = torch.log_softmax(chunk @ matrix.t(), dim=-1, dtype=torch.float32)
             losses[rows] = -log_probs.gather(1, targets[rows, None])[:, 0]
+            if grad_hidden is None and grad_weight is None:
+                continue
             grad = _grad_logits(log_probs, targets[rows], weights[rows], dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ matrix

@@ -49,7 +49,9 @@ def module_of(name: str) -> str:
     Raises:
         ValueError: no module has a parameter of such a name.
     """
-    fitting = [(len(p), module) for module, prefixes in MODULES.items() for p in prefixes if name.startswith(p)]
+    fitting = [
+        (len(p), module) for module, prefixes in MODULES.items() for p in prefixes if name.startswith(p)
+    ]
     if not fitting:
         raise ValueError(f"parameter={name!r}: belongs to none of {', '.join(MODULES)}. Use release names.")
     return max(fitting)[1]

@@ -1,0 +1,97 @@
+"""Turns records and the files they name into indexed tar shards.
+
+    python -m data.prepare records.jsonl --format megrez --out shards
+
+Every record gets a row: what cannot be used is kept with the cause, and left out of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from data.config import LimitsConfig
+from data.formats import FORMATS
+from data.index import FolderIndex, ShardIndex, describe, summarize
+from data.layouts import Quarantined
+from data.records import SampleMaker, count_records, find_files, read_records
+from data.sample import Sample
+from data.scan import index_shards
+from data.shards import SAMPLES_PER_SHARD, fill_folder, whole_folder
+
+
+def prepare(options: argparse.Namespace) -> dict:
+    """Writes and indexes the shards of `options`; returns the summary of `data.index`.
+
+    Raises:
+        ValueError: there are no records, none is usable, or `out` already holds something.
+        RuntimeError: the disk is full, or a decoding process died.
+    """
+    limits = LimitsConfig()
+    files = [file for source in options.sources for file in find_files(source, options.format)]
+    with whole_folder(options.out) as folder:
+        shards = fill_folder(_samples(files, options, limits), folder, options.samples_per_shard)
+        if not shards:
+            raise ValueError(f"{options.sources[0]}: holds no records. Check the file.")
+        index_shards(shards, "native", limits, options.workers)
+        summary = summarize(FolderIndex(options.out, [ShardIndex(shard) for shard in shards]))
+        if not summary["good"]:
+            raise ValueError(f"{describe(summary)}\n{options.out}: nothing is usable. It was not written.")
+    return summary
+
+
+def _samples(
+    files: list[tuple[str, str]], options: argparse.Namespace, limits: LimitsConfig
+) -> Iterator[Sample | Quarantined]:
+    tags = tuple(tag.strip() for tag in options.tags.split(",") if tag.strip())
+    maker = SampleMaker(options.format, tags, limits)
+    total = sum(count_records(path) for path, _ in files) or None
+    with tqdm(desc="writing", total=total, unit=" records") as bar:
+        for path, name in files:
+            folder = options.prefix or os.path.dirname(path) or "."
+            for record in read_records(path, name):
+                yield maker.make(record, folder)
+                bar.update()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prepares what the command line names; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare",
+        description="Turn records and the pictures and clips they name into indexed tar shards.",
+        epilog="example: python -m data.prepare records.jsonl --format megrez --out shards/chat --tags chat",
+    )
+    parser.add_argument(
+        "sources", nargs="+", metavar="SRC", help=".jsonl or .json files; for text also folders"
+    )
+    parser.add_argument("--format", required=True, choices=list(FORMATS), help="what a record looks like")
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--prefix", help="folder that media paths start from (default: that of the file)")
+    parser.add_argument("--tags", default="", help="tags of every sample, such as caption,zh")
+    parser.add_argument("--samples-per-shard", type=_positive, default=SAMPLES_PER_SHARD)
+    parser.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes that decode")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        summary = prepare(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(summary) if options.json else describe(summary))
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

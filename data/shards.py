@@ -1,0 +1,206 @@
+"""Tar shards: written whole or not at all, and read one sample at a time without scanning.
+
+A folder of shards is built beside its final name, under a mark that `data.index` refuses, and
+renamed when it is complete. Shards are plain webdataset tars.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from data.index import UNFINISHED, FolderIndex, ShardIndex
+from data.layouts import Quarantined, native_members, parse_members
+from data.sample import Sample, SampleError
+
+SAMPLES_PER_SHARD = 10_000
+BYTES_PER_SHARD = 512 * 2**20
+
+
+@contextmanager
+def whole_folder(out: str) -> Iterator[str]:
+    """Gives a new folder to fill, which becomes `out` when the block ends without an error.
+
+    Raises:
+        ValueError: `out` already holds something, or another process is filling it.
+    """
+    final, unfinished = Path(out), Path(f"{out.rstrip('/')}.unfinished")
+    if final.exists() and not (final / UNFINISHED).exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(f"out={out}: already exists. Remove it or choose another folder.")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with open(_claim(unfinished), "wb") as mark:
+        _lock(mark, out)
+        try:
+            _clear(unfinished)
+            yield str(unfinished)
+            if final.exists():
+                shutil.rmtree(final)
+            unfinished.rename(final)
+            (final / UNFINISHED).unlink()
+        except BaseException as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise RuntimeError(f"out={out}: the disk is full. Free some space and run again.") from error
+            raise
+
+
+def _claim(folder: Path) -> Path:
+    """Returns the mark of an unfinished folder, having made sure that we are free to empty it."""
+    mark = folder / UNFINISHED
+    if any(folder.iterdir()) and not mark.exists():
+        raise ValueError(f"out={folder}: holds files that are not ours. Remove it or choose another --out.")
+    return mark
+
+
+def _lock(mark: BinaryIO, out: str) -> None:
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"out={out}: another process is filling it. Wait for it, or stop it.") from error
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != UNFINISHED:
+            path.unlink()
+
+
+def write_shards(
+    samples: Iterable[Sample | Quarantined],
+    out: str,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    bytes_per_shard: int = BYTES_PER_SHARD,
+) -> list[str]:
+    """Writes samples as shards into a new folder, whole or not at all; returns the paths of the tars.
+
+    Raises:
+        ValueError: `out` already holds something.
+        RuntimeError: the disk is full.
+    """
+    with whole_folder(out) as folder:
+        names = [
+            os.path.basename(path)
+            for path in fill_folder(samples, folder, samples_per_shard, bytes_per_shard)
+        ]
+    return [os.path.join(out, name) for name in names]
+
+
+def fill_folder(
+    samples: Iterable[Sample | Quarantined],
+    folder: str,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    bytes_per_shard: int = BYTES_PER_SHARD,
+) -> list[str]:
+    """Writes samples as `shard-000000.tar`, ... into an existing folder; returns the paths."""
+    # It imports torch, which takes seconds, and readers of shards do without it.
+    from webdataset.writer import TarWriter
+
+    paths: list[str] = []
+    remaining = iter(samples)
+    sample = next(remaining, None)
+    while sample is not None:
+        paths.append(os.path.join(folder, f"shard-{len(paths):06d}.tar"))
+        num_samples = num_bytes = 0
+        # A fixed time and owner: the same samples give the same bytes.
+        with open(paths[-1], "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            while sample is not None and num_samples < samples_per_shard and num_bytes < bytes_per_shard:
+                num_bytes += tar.write({"__key__": sample.key, **native_members(sample)})
+                num_samples += 1
+                sample = next(remaining, None)
+    return paths
+
+
+class _Descriptor:
+    """An open file that closes when nobody uses it any more, so eviction cannot pull it from a reader."""
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class ShardReader:
+    """Reads samples of an indexed folder by shard and row. Opens files when first needed, keeps some.
+
+    Picklable: in another process it opens files anew.
+    """
+
+    def __init__(self, folder: FolderIndex, source: str | None = None, max_open: int = 64):
+        self.folder = folder
+        self.source = os.path.basename(folder.path.rstrip("/")) if source is None else source
+        self.max_open = max_open
+        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        """Leaves open files behind."""
+        return ShardReader, (self.folder, self.source, self.max_open)
+
+    def read(self, shard: int, row: int, media: bool = True) -> Sample:
+        """Returns a sample; with `media=False` no media member is read and `Sample.media` is empty.
+
+        Raises:
+            SampleError: the row is quarantined, or the shard is gone or changed (`shard_unreadable`).
+        """
+        index = self.folder.shards[shard]
+        if row in index.errors:
+            cause, message = index.errors[row]
+            raise SampleError(message, cause=cause)
+        key, members = index.keys[row], index.members(row)
+
+        def read(name: str) -> bytes:
+            return self._read_member(shard, key, *members[name])
+
+        sample = parse_members(index.format, key, members, read)
+        names = {part.media for message in sample.messages for part in message.parts if part.media}
+        inlined = sample.media
+        sample.media = {}
+        if media:
+            sample.media = {name: inlined[name] if name in inlined else read(name) for name in sorted(names)}
+        return sample
+
+    def _read_member(self, shard: int, key: str, offset: int, size: int) -> bytes:
+        index = self.folder.shards[shard]
+        descriptor = self._descriptor(shard, index, key)
+        pieces: list[bytes] = []
+        while size > 0:
+            piece = os.pread(descriptor.number, size, offset)
+            if not piece:
+                raise self._unreadable(index, key, f"the file ends before byte {offset}")
+            pieces.append(piece)
+            offset, size = offset + len(piece), size - len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _descriptor(self, shard: int, index: ShardIndex, key: str) -> _Descriptor:
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+            try:
+                descriptor = _Descriptor(index.path)
+            except FileNotFoundError as error:
+                raise self._unreadable(index, key, "the file is gone") from error
+            num_bytes = os.fstat(descriptor.number).st_size
+            if num_bytes != index.num_bytes:
+                raise self._unreadable(index, key, f"the file has {num_bytes} bytes, not {index.num_bytes}")
+            self._open[shard] = descriptor
+            if len(self._open) > self.max_open:
+                self._open.popitem(last=False)
+            return descriptor
+
+    def _unreadable(self, index: ShardIndex, key: str, problem: str) -> SampleError:
+        return SampleError(
+            f"{self.source}/{index.name}/{key}: {problem}. "
+            f"Restore the shard, or run `python -m data.index {self.folder.path}`",
+            cause="shard_unreadable",
+        )

@@ -1,0 +1,298 @@
+import copy
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from data.deal import deal
+from data.encode import Encoder
+from data.index import load_folder
+from data.sample import SampleError
+from tests.data.corpus import (
+    MEDIA,
+    TOKENIZER,
+    data_config,
+    image_bytes,
+    loader_of,
+    mixed_records,
+    planner_of,
+    prepare_folder,
+    record,
+    tables_of,
+    write_media,
+)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Sixty mixed samples in three shards, counted."""
+    root = tmp_path_factory.mktemp("mixed")
+    return prepare_folder(
+        root / "media", mixed_records(root / "media", 60), root / "mixed", samples_per_shard=20
+    )
+
+
+def run(config, *, rank=0, world_size=1, state=None, steps=None, encoder=None, micro_batch_packs=1):
+    """Returns the steps that a fresh loader delivers, at most `steps`."""
+    tables = tables_of(config)
+    loader = loader_of(
+        config,
+        tables,
+        planner_of(config, tables, state=state),
+        rank=rank,
+        world_size=world_size,
+        encoder=encoder,
+        micro_batch_packs=micro_batch_packs,
+    )
+    delivered = []
+    for step in loader:
+        delivered.append(step)
+        if len(delivered) == steps:
+            break
+    loader.close()
+    return delivered
+
+
+def content(item):
+    """Returns a batch as nested plain values, to compare."""
+    if isinstance(item, torch.Tensor):
+        return item.dtype, item.tolist()
+    if dataclasses.is_dataclass(item):
+        return [content(getattr(item, field.name)) for field in dataclasses.fields(item)]
+    return [content(value) for value in item] if isinstance(item, list) else item
+
+
+def keys_of(steps):
+    return sorted(info.key for step in steps for batch in step.batches for info in batch.samples)
+
+
+def workers_alive():
+    return [process for process in multiprocessing.active_children() if process.is_alive()]
+
+
+class SpoilingEncoder(Encoder):
+    """Encodes, but treats the sample `key` in a bad way."""
+
+    key = ""
+    way = ""
+
+    def encode(self, sample, source):
+        if sample.key != self.key:
+            return super().encode(sample, source)
+        if self.way == "hang":
+            time.sleep(1000)
+        if self.way == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.way == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.way == "refuse":
+            raise SampleError("looks bad", cause="image_corrupt")
+        if self.way == "bug":
+            raise ZeroDivisionError("oh")
+        if self.way == "disk":
+            raise OSError("unreadable picture")
+        encoded = super().encode(sample, source)
+        if self.way == "longer":
+            encoded.input_ids = np.append(encoded.input_ids, 1)
+        return encoded
+
+
+def spoiling(config, way, key=None):
+    encoder = SpoilingEncoder(config, MEDIA, TOKENIZER)
+    folder = load_folder(config.sources["mixed"].path)
+    encoder.key = key or folder.shards[1].keys[3]
+    encoder.way = way
+    return encoder
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_batches_are_the_same_for_any_number_of_workers(mixed, workers):
+    inline = run(data_config(mixed))
+    parallel = run(data_config(mixed, workers=workers, prefetch=2))
+    assert len(inline) == len(parallel) > 2
+    for one, other in zip(inline, parallel):
+        assert content(one.batches) == content(other.batches)
+        assert (one.step, one.planner_state, one.drawn, one.fill) == (
+            other.step,
+            other.planner_state,
+            other.drawn,
+            other.fill,
+        )
+    assert not workers_alive()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_together_deliver_the_plan(mixed, world_size):
+    config = data_config(mixed)
+    tables = tables_of(config)
+    planner = planner_of(config, tables)
+    ranks = [run(config, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for place, steps in enumerate(zip(*ranks)):
+        plan = planner.next_step()
+        assert plan is not None
+        planned = sorted(
+            tables.folders[ref.source].shards[ref.shard].keys[ref.row]
+            for pack in plan.packs
+            for ref in pack.refs
+        )
+        assert keys_of(steps) == planned
+        assert {step.step for step in steps} == {place + 1}
+        assert {len(step.batches) for step in steps} == {4 // world_size}
+        assert all(step.planner_state == planner.state() for step in steps)
+    assert planner.next_step() is None
+
+
+def test_micro_batches_are_dealt_in_order(mixed):
+    config = data_config(mixed)
+    tables = tables_of(config)
+    plan = planner_of(config, tables).next_step()
+    assert plan is not None
+    (step, *_) = run(config, rank=1, world_size=2, micro_batch_packs=2)
+    (packs,) = deal(plan.packs, 2, 2)[1]
+    (batch,) = step.batches
+    folders = tables.folders
+    assert [info.key for info in batch.samples] == [
+        folders[ref.source].shards[ref.shard].keys[ref.row] for pack in packs for ref in pack.refs
+    ]
+    assert batch.input_ids.shape == (2, 512)
+
+
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (0, 4), (2, 2)])
+def test_resume_delivers_exactly_the_remaining_samples(mixed, workers, world_size):
+    whole = run(data_config(mixed))
+    first = run(data_config(mixed, workers=2, prefetch=4), steps=2)
+    state = first[-1].planner_state
+    config = data_config(mixed, workers=workers)
+    rest = [run(config, rank=rank, world_size=world_size, state=state) for rank in range(world_size)]
+    assert keys_of(first) == keys_of(whole[:2])
+    for expected, steps in zip(whole[2:], zip(*rest), strict=True):
+        assert keys_of(steps) == keys_of([expected])
+
+
+def test_prefetched_steps_are_not_in_the_state_that_is_handed_over(mixed):
+    config = data_config(mixed, workers=1, prefetch=8)
+    tables = tables_of(config)
+    planner = planner_of(config, tables)
+    loader = loader_of(config, tables, planner)
+    step = next(iter(loader))
+    assert (step.step, step.planner_state["step"]) == (1, 1)
+    assert planner.state()["step"] > 1
+    loader.close()
+
+
+def test_a_restored_planner_is_iterated_again_with_the_same_workers(mixed):
+    config = data_config(mixed, workers=1)
+    tables = tables_of(config)
+    planner = planner_of(config, tables)
+    start = copy.deepcopy(planner.state())
+    loader = loader_of(config, tables, planner)
+    first = [content(step.batches) for step in loader]
+    pids = {process.pid for process in workers_alive()}
+    planner.restore(start)
+    assert [content(step.batches) for step in loader] == first
+    assert {process.pid for process in workers_alive()} == pids
+    loader.close()
+    assert not workers_alive()
+
+
+@pytest.mark.parametrize(
+    ("way", "cause"),
+    [
+        ("refuse", "image_corrupt"),
+        ("longer", "length_changed"),
+        ("bug", "unexpected"),
+        ("disk", "unexpected"),
+    ],
+)
+def test_bad_sample_becomes_blank_in_its_place_and_shifts_nothing(mixed, way, cause):
+    config = data_config(mixed)
+    encoder = spoiling(config, way)
+    whole, spoiled = run(config), run(config, encoder=encoder)
+    dropped = [item for step in spoiled for batch in step.batches for item in batch.dropped]
+    assert [(item.source, item.shard, item.key, item.cause) for item in dropped] == [
+        ("mixed", "shard-000001.tar", encoder.key, cause)
+    ]
+    for one, other in zip(whole, spoiled, strict=True):
+        assert one.planner_state == other.planner_state
+        for batch, damaged in zip(one.batches, other.batches, strict=True):
+            assert batch.segments == damaged.segments
+            assert batch.position_ids.equal(damaged.position_ids)
+            assert [i for i in batch.samples if i.key != encoder.key] == damaged.samples
+            if not damaged.dropped:
+                assert content(batch) == content(damaged)
+
+
+def test_picture_of_another_size_behind_the_index_is_dropped_as_length_changed(tmp_path):
+    name = write_media(tmp_path, "a.png", image_bytes(56, 56, "PNG"))
+    path = prepare_folder(tmp_path, [record(0, image=name), record(1)], tmp_path / "mixed")
+    config = data_config(path)
+    tables = tables_of(config)
+    shard = tables.folders["mixed"].shards[0]
+    offset, size = shard.members(0)["0.png"]
+    other = image_bytes(120, 50)
+    assert len(other) <= size
+    with open(shard.path, "r+b") as file:
+        file.seek(offset)
+        file.write(other)
+    (step,) = run(config)
+    dropped = [item for batch in step.batches for item in batch.dropped]
+    assert [(item.key, item.cause) for item in dropped] == [(shard.keys[0], "length_changed")]
+    assert keys_of([step]) == [shard.keys[1]]
+
+
+def test_hung_worker_is_told_by_the_name_of_its_sample(mixed, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    config = data_config(mixed, workers=1, timeout_seconds=8.0)
+    encoder = spoiling(config, "hang")
+    with pytest.raises(RuntimeError, match=rf"^mixed/shard-000001\.tar/{encoder.key}: .*timed out after 8"):
+        run(config, encoder=encoder)
+    assert not workers_alive()
+
+
+def test_killed_worker_is_told_by_the_name_of_its_sample(mixed):
+    config = data_config(mixed, workers=2)
+    encoder = spoiling(config, "kill")
+    with pytest.raises(
+        RuntimeError, match=rf"^mixed/shard-000001\.tar/{encoder.key}: a loader worker failed"
+    ):
+        run(config, encoder=encoder)
+    assert not workers_alive()
+
+
+def test_workers_go_on_when_the_job_is_asked_to_stop(mixed):
+    config = data_config(mixed, workers=1)
+    steps = run(config, encoder=spoiling(config, "terminate"))
+    assert keys_of(steps) == keys_of(run(data_config(mixed)))
+
+
+def test_failing_disk_stops_the_run_and_names_the_sample(mixed, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    config = data_config(mixed)
+    tables = tables_of(config)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(RuntimeError, match=r"^mixed/shard-\d+\.tar/\w+: cannot be read .*Input/output error"):
+        next(iter(loader_of(config, tables, planner_of(config, tables))))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_random_state_of_the_rank_alone(mixed, workers):
+    before = torch.get_rng_state()
+    run(data_config(mixed, workers=workers), steps=1)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_fill_and_drawn_are_of_the_whole_global_step(mixed):
+    config = data_config(mixed)
+    tables = tables_of(config)
+    ranks = [run(config, rank=rank, world_size=2) for rank in range(2)]
+    for one, other in zip(*ranks, strict=True):
+        assert (one.fill, one.drawn) == (other.fill, other.drawn)
+    assert ranks[0][-1].drawn == {"mixed": int(tables.tables[0].length.sum())}
+    assert ranks[0][0].fill > 0.98

@@ -1,0 +1,74 @@
+"""Run on every rank by test_nonfinite.py: one poisoned step between two good ones, on a real engine."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.collate import collate
+from data.sample import IGNORE, EncodedSample
+from tests.train.launching import SMALL
+from tests.train.test_compose import config_of
+from train.engine import build_engine, start_engine
+from train.model.omni import build_model
+
+
+def sample(number: int, *, poisoned: bool) -> EncodedSample:
+    rng = np.random.default_rng(number)
+    tokens = rng.integers(0, 2000, 60).astype(np.int32)
+    labels = tokens.copy()
+    labels[:20] = IGNORE
+    mel = rng.normal(size=(32, 20)).astype(np.float32)
+    if poisoned:
+        mel[3, 3] = np.nan
+    return EncodedSample(
+        f"k{number}", "source", "audio", tokens, labels, clips=[mel], clip_tokens=[5], clip_starts=[2]
+    )
+
+
+def held(engine) -> dict[str, torch.Tensor]:
+    found = {}
+    for fragment in engine.trained_fragments():
+        for kind, tensor in fragment.tensors.items():
+            found[f"{kind}/{fragment.name}/{fragment.start}"] = tensor.clone()
+    return found
+
+
+def main(zero: str, precision: str, out: str) -> None:
+    config = config_of(
+        *SMALL, f"zero={zero}", f"precision={precision}", "train.packs_per_step=2", "optim.lr=1e-3"
+    )
+    accelerator = start_engine(config)
+    model = build_model(config.model, config.media, 0)
+    model.set_tuned(config.tuned)
+    engine = build_engine(config, accelerator, model)
+    results = []
+    for step in (1, 2, 3):
+        before = held(engine)
+        steps_before = engine.optimizer_steps()
+        poisoned = step == 2 and engine.rank == engine.world_size - 1
+        batch = collate([[sample(step * 10 + engine.rank, poisoned=poisoned)]], 256, config.media, 0, "token")
+        with engine.micro_batch(last=True):
+            loss, _ = engine.forward(batch)
+            engine.backward(loss / 80)
+        result = engine.step()
+        after = held(engine)
+        unchanged = before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in after)
+        same_weights = all(torch.equal(before[k], after[k]) for k in before if k.startswith("weight/"))
+        results.append(
+            {
+                "applied": result.applied,
+                "finite_norm": bool(np.isfinite(result.grad_norm)),
+                "unchanged": unchanged,
+                "same_weights": same_weights,
+                "counted": engine.optimizer_steps() - steps_before,
+            }
+        )
+    Path(f"{out}.{engine.rank}").write_text(json.dumps(results))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

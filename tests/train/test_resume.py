@@ -1,0 +1,161 @@
+"""Killed at any moment and started again, a run ends as if it had never been killed."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from tests.train.launching import ROOT, SMALL, Finished, command, environment, launch
+
+WORDS = (*SMALL, "train.steps=12", "train.packs_per_step=2", "optim.lr=1e-3", "checkpoint.every=3")
+
+
+def kill_at(folder, step: int, words, processes: int) -> None:
+    """Starts a run and sends SIGKILL to all of its processes once `step` is in its metrics."""
+    process = subprocess.Popen(
+        command(folder, words, processes),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_checkpoint(run) -> int:
+    return max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(("zero", "processes"), [("none", 1), ("zero2", 2), ("zero3", 2)])
+def test_a_killed_run_ends_bit_equal_to_one_never_killed(tmp_path, mixed_shards, zero, processes):
+    words = (*WORDS, f"data.path={mixed_shards}", f"zero={zero}")
+    whole = launch(tmp_path / "whole", *words, processes=processes)
+    kill_at(tmp_path / "killed", 5, words, processes)
+    assert not (tmp_path / "killed" / "final").exists()
+    assert 3 <= last_checkpoint(tmp_path / "killed") < 12
+    again = launch(tmp_path / "killed", *words, processes=processes)
+    assert "Goes on after step" in again.output
+    assert again.losses == whole.losses and again.grad_norms == whole.grad_norms
+    assert [record["step"] for record in again.records] == list(range(1, 13))
+    left, right = again.weights(), whole.weights()
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_checkpoint_goes_on_with_other_ranks_and_another_zero_stage(tmp_path, mixed_shards):
+    words = (*WORDS, f"data.path={mixed_shards}")
+    whole = launch(tmp_path / "whole", *words, "zero=none")
+    kill_at(tmp_path / "run", 4, (*words, "zero=zero3"), 2)
+    between = last_checkpoint(tmp_path / "run")
+    again = launch(tmp_path / "run", *words, "zero=zero2", "data.workers=1", "train.micro_batch_packs=2")
+    assert f"Goes on after step {between}" in again.output
+    assert again.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert again.grad_norms == pytest.approx(whole.grad_norms, rel=1e-4)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path, text_shards):
+    words = (*WORDS, f"data.path={text_shards}", "train.steps=400", "checkpoint.every=1000")
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(folder, words, 1), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 5):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "asked to stop; saved" in output
+    saved = last_checkpoint(folder)
+    assert saved == Finished(folder, 0, "").records[-1]["step"] < 400
+
+
+def test_a_complete_run_says_so_and_another_config_is_refused(tmp_path, text_shards):
+    words = (*SMALL, f"data.path={text_shards}", "train.steps=2", "train.packs_per_step=2")
+    first = launch(tmp_path / "run", *words)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = launch(tmp_path / "run", *words)
+    assert first.code == again.code == 0 and "already complete" in again.output
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    other = launch(tmp_path / "run", *words, "optim.lr=3e-4", code=2)
+    assert "optim.lr: 0.001 there, 0.0003 now" in other.output
+    never = launch(tmp_path / "run", *words, "resume=never", code=2)
+    assert "resume=never starts afresh in an empty folder only" in never.output
+
+
+def test_a_stage_starts_from_its_parent_and_refuses_a_wrong_one(tmp_path, picture_shards, text_shards):
+    few = ("train.steps=2", "train.packs_per_step=2")
+    align = (*SMALL, *few, "recipe=vision_align", "data.tags=[]", f"data.path={picture_shards}")
+    parent = launch(tmp_path / "align", *align)
+    tune = (*SMALL, *few, "recipe=vision_tune", "data.tags=[]", f"data.path={picture_shards}")
+    child = launch(tmp_path / "tune", *tune, f"init_from={tmp_path}/align")
+    assert child.stage["parent"]["stage"] == "vision_align"
+    assert child.stage["parent"]["weights_digest"] == parent.stage["weights_digest"]
+    frozen = [name for name in parent.weights() if name.startswith(("llm.", "audio."))]
+    left, right = parent.weights(), child.weights()
+    assert frozen and all(torch.equal(left[name], right[name]) for name in frozen)
+    # The first loss is what the parent would have: not what random weights give.
+    assert child.losses[0] < launch(tmp_path / "random", *tune).losses[0]
+    wrong = launch(
+        tmp_path / "wrong", *SMALL, *few, f"data.path={text_shards}", f"init_from={tmp_path}/align", code=2
+    )
+    assert f"init_from={tmp_path}/align: is the result of vision_align" in wrong.output
+    bigger = launch(tmp_path / "bigger", *tune, "model.llm.layers=3", f"init_from={tmp_path}/align", code=2)
+    assert "has no weight llm.model.layers.2" in bigger.output
+    assert not (tmp_path / "bigger" / "final").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_with_its_reason(tmp_path, text_shards):
+    words = (
+        *SMALL,
+        f"data.path={text_shards}",
+        "train.steps=4",
+        "train.packs_per_step=2",
+        "checkpoint.every=2",
+    )
+    run = launch(tmp_path / "run", *words)
+    for path in (run.folder / "final").iterdir():
+        path.unlink()
+    (run.folder / "final").rmdir()
+    broken = run.folder / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    again = launch(run.folder, *words, code=2)
+    assert str(broken) in again.output and "bytes were written" in again.output
+
+
+def test_old_checkpoints_go_and_a_half_written_one_is_never_taken(tmp_path, text_shards):
+    words = (
+        *SMALL,
+        f"data.path={text_shards}",
+        "train.packs_per_step=2",
+        "checkpoint.every=1",
+        "checkpoint.keep=2",
+    )
+    partial = tmp_path / "run" / "checkpoints" / ".partial-step-00000009"
+    partial.mkdir(parents=True)
+    (partial / "manifest.json").write_text("{}")
+    run = launch(tmp_path / "run", *words, "train.steps=5")
+    kept = sorted(path.name for path in (run.folder / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000004", "step-00000005"]
+    assert "RANDOM WEIGHTS" in run.output
+
+
+def test_the_ledger_and_planner_state_in_a_checkpoint_are_small_json(tmp_path, mixed_shards):
+    run = launch(
+        tmp_path / "run", *SMALL, f"data.path={mixed_shards}", "train.steps=2", "train.packs_per_step=2"
+    )
+    state = run.folder / "checkpoints" / "step-00000002" / "state.json"
+    assert state.stat().st_size < 64_000
+    assert json.loads(state.read_text())["step"] == 2
