@@ -12,7 +12,7 @@ test: $(STAMP)  ## all tests this machine can run
 check: $(STAMP)  ## lint, format and types: what CI checks before it tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 format: $(STAMP)  ## mends what `make check` would complain of, where it can
 	$(BIN)/ruff check --fix .

@@ -104,8 +104,11 @@ class LimitsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Everything about data. `path` is for one folder (see configs/data/folder.yaml). `holdout` keeps that share of every training source for evaluation,
-    chosen by key hash; `held_out` names sources that are for evaluation only."""
+    """Everything about data. `path` is for one folder (see configs/data/folder.yaml).
+
+    `holdout` keeps that share of every training source for evaluation, chosen by key hash; `held_out`
+    names sources that are for evaluation only.
+    """
 
     path: str | None = "???"
     sources: dict[str, SourceConfig] = field(default_factory=dict)

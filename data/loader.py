@@ -7,16 +7,12 @@ state is released only together with the batches of its step, so prefetched step
 from __future__ import annotations
 
 import multiprocessing
-import re
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing.connection import wait
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -29,6 +25,9 @@ from data.index import FolderIndex
 from data.plan import Planner, StepPlan
 from data.sample import Batch, SampleRef
 from data.worker import Loaded, MicroBatches, Progress, WorkItem, start_worker
+
+LOOK_SECONDS = 5.0
+"""How often a waiting rank looks whether all of its workers are alive."""
 
 
 @dataclass(slots=True)
@@ -112,11 +111,13 @@ class Loader:
         workers = self._config.workers
         parallel: dict[str, Any] = {}
         if workers:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["data.preload"])
             parallel = {
-                "multiprocessing_context": "spawn",
+                "multiprocessing_context": context,
                 "persistent_workers": True,
                 "prefetch_factor": self._config.prefetch,
-                "timeout": self._config.timeout_seconds,
+                "timeout": min(LOOK_SECONDS, self._config.timeout_seconds),
                 "worker_init_fn": start_worker,
             }
         return DataLoader(
@@ -138,7 +139,6 @@ class Loader:
         """
         try:
             loaded = iter(self._dataloader)
-            _watch(self)
             while True:
                 started = time.perf_counter()
                 if (batch := self._next(loaded)) is None:
@@ -154,34 +154,42 @@ class Loader:
             raise
 
     def _next(self, loaded: Iterator[Loaded]) -> Batch | None:
-        try:
-            result = next(loaded)
-        except StopIteration:
+        deadline = time.monotonic() + self._config.timeout_seconds
+        while True:
+            try:
+                result = next(loaded, None)
+                break
+            except (RuntimeError, OSError, EOFError) as error:
+                timed_out = "DataLoader timed out" in str(error)
+                dead = self._dead_workers(patience_seconds=0.0 if timed_out else 1.0)
+                if not dead and not timed_out:
+                    raise
+                if dead or time.monotonic() > deadline:
+                    raise self._blame(dead) from error
+        if result is None:
             return None
-        except RuntimeError as error:
-            if (explained := self.explain(error)) is None:
-                raise
-            raise explained from error
         self._schedule.items.popleft()
         if result.failure:
             raise RuntimeError(result.failure)
         return result.batch
 
-    def owns(self, error: RuntimeError) -> bool:
-        """Returns whether a torch error is about a worker of this loader."""
-        return not self._progress.pids().isdisjoint(_pids(error))
+    def _dead_workers(self, patience_seconds: float) -> list[Any]:
+        # A rank may notice a broken connection just before the worker at its other end is gone.
+        workers = getattr(self._dataloader._iterator, "_workers", [])
+        wait([worker.sentinel for worker in workers], patience_seconds)
+        return [worker for worker in workers if not worker.is_alive()]
 
-    def explain(self, error: RuntimeError) -> RuntimeError | None:
-        """Returns a torch error about a hung or dead worker with the names of the samples it was at."""
-        text = str(error).strip()
-        if not text.startswith("DataLoader") or not self._schedule.items:
-            return None
-        names = ", ".join(self._dataset.name(ref) for ref in self._under_way(_pids(error)))
-        if "timed out" in text:
-            advice = f"Leave it out, or raise data.timeout_seconds={self._config.timeout_seconds}."
-        else:
+    def _blame(self, dead: list[Any]) -> RuntimeError:
+        """Returns the error for dead workers, or for a hung one, with the names of their samples."""
+        names = ", ".join(self._dataset.name(ref) for ref in self._under_way({w.pid for w in dead}))
+        if dead:
+            code = dead[0].exitcode
+            how = f"died at this (signal {-code})" if code < 0 else f"died at this (exit code {code})"
             advice = "Look whether memory or shared memory (/dev/shm) ran out."
-        return RuntimeError(f"{names}: a loader worker failed while it loaded this. {advice} ({text})")
+        else:
+            how = "hangs at this"
+            advice = f"Leave it out, or raise data.timeout_seconds={self._config.timeout_seconds}."
+        return RuntimeError(f"{names}: a loader worker {how}. {advice}")
 
     def _under_way(self, pids: set[int]) -> list[SampleRef]:
         """Returns what the workers `pids` are at, else what the awaited micro-batch is at or is made of."""
@@ -195,44 +203,12 @@ class Loader:
 
     def close(self) -> None:
         """Ends the workers. Iterating again would start new ones."""
-        iterator = self._dataloader._iterator
+        iterator: Any = self._dataloader._iterator
         self._dataloader._iterator = None
-        if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-        # Workers are deaf to SIGTERM, so one that hangs is still there.
-        for process in multiprocessing.active_children():
-            if process.pid in self._progress.pids():
-                process.kill()
-                process.join()
-
-
-_watched: WeakSet[Loader] = WeakSet()
-
-
-def _watch(loader: Loader) -> None:
-    """Lets the error about a killed worker name its samples, wherever in the rank it surfaces.
-
-    Torch raises that error from a handler of SIGCHLD, so outside the loader too: it is wrapped here.
-    """
-    _watched.add(loader)
-    torch_handler = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or not callable(torch_handler):
-        return
-    if isinstance(torch_handler, partial) and torch_handler.func is _name_dead_worker:
-        return
-    signal.signal(signal.SIGCHLD, partial(_name_dead_worker, torch_handler))
-
-
-def _name_dead_worker(torch_handler: Callable[[int, Any], Any], signum: int, frame: Any) -> None:
-    try:
-        torch_handler(signum, frame)
-    except RuntimeError as error:
-        for loader in _watched:
-            if loader.owns(error) and (explained := loader.explain(error)):
-                raise explained from error
-        raise
-
-
-def _pids(error: RuntimeError) -> set[int]:
-    found = re.search(r"pid(?:\(s\))? ([\d, ]+)\)", str(error))
-    return {int(pid) for pid in found.group(1).split(",")} if found else set()
+        if iterator is None:
+            return
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():  # it hangs, and is deaf to SIGTERM
+                worker.kill()
+                worker.join()

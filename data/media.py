@@ -200,7 +200,8 @@ def _waveform(data: bytes, limits: LimitsConfig) -> Iterator[np.ndarray]:
 
 def _resampled(data: bytes) -> Iterator[np.ndarray]:
     try:
-        with av.open(io.BytesIO(data), options={"format_whitelist": AUDIO_FORMATS}) as container:
+        options = {"format_whitelist": AUDIO_FORMATS}
+        with av.open(io.BytesIO(data), options=options, metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise SampleError("the file holds no audio", cause="audio_corrupt")
             stream = container.streams.audio[0]

@@ -5,7 +5,6 @@ Workers hold no state that matters: any worker gives the same micro-batch for th
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import os
 import signal
@@ -70,10 +69,6 @@ class Progress:
     def rows(self) -> list[tuple[int, int, int, int]]:
         """Returns (process id, work item, pack, position) of every worker that is at a sample."""
         return [(pid, number, pack, place) for pid, number, pack, place in self.table.tolist() if number >= 0]
-
-    def pids(self) -> set[int]:
-        """Returns the process ids of all workers that ever began."""
-        return {row[0] for row in self.table.tolist()} - {-1}
 
 
 class MicroBatches(Dataset):
@@ -145,12 +140,6 @@ class MicroBatches(Dataset):
 
 
 def start_worker(_worker_id: int) -> None:
-    """Prepares a new worker process.
-
-    It is made deaf to SIGINT and SIGTERM: the rank answers them, and still needs its batches. And it
-    ends without the exit handlers of C++ libraries: their threads sometimes abort the process there,
-    which torch would report as a killed worker.
-    """
+    """Makes a worker deaf to SIGINT and SIGTERM: the rank answers them, and still needs its batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    atexit.register(os._exit, 0)

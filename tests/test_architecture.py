@@ -64,7 +64,9 @@ def test_there_is_no_import_cycle():
     graph = {}
     for path in FILES:
         module = name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        graph[module] = {name for name in ours(path)}
+        if path == ROOT / "train.py":
+            module = "the entry"  # it shares its name with the package
+        graph[module] = ours(path)
     graph = {module: {name for name in names if name in graph} for module, names in graph.items()}
     done: set[str] = set()
 
@@ -76,8 +78,7 @@ def test_there_is_no_import_cycle():
             done.add(module)
 
     for module in graph:
-        if module != "train":  # train.py, the entry, shares its name with the package
-            visit(module, ())
+        visit(module, ())
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

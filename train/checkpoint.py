@@ -209,9 +209,7 @@ class PieceReader:
                 parts.append(view[place - begin : min(stop, end) - begin])
                 place = min(stop, end)
         if place < stop:
-            raise ValueError(
-                f"{self.folder}: {kind} of {name} ends before {stop}. Use another one."
-            )
+            raise ValueError(f"{self.folder}: {kind} of {name} ends before {stop}. Use another one.")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def has_moments(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from data.counts import Tables, build_tables
 from data.encode import Encoder
 from data.loader import Loader
@@ -10,6 +12,8 @@ from data.tokenizer import load_tokenizer
 from train.config import RunConfig
 from train.engine import Engine
 from train.flops import sample_cost
+
+Split = Literal["train", "held_out"]
 
 __all__ = ["Tables", "build_encoder", "build_loader", "build_planner", "load_tables"]
 
@@ -29,7 +33,7 @@ def build_encoder(config: RunConfig) -> Encoder:
     return Encoder(config.data, config.media, tokenizer)
 
 
-def load_tables(config: RunConfig, engine: Engine, encoder: Encoder, split: str) -> Tables:
+def load_tables(config: RunConfig, engine: Engine, encoder: Encoder, split: Split) -> Tables:
     """Returns the samples of one split. Token counts are computed once, by the main rank of a node."""
     cost = sample_cost(config.model, config.media, config.tuned)
 

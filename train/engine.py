@@ -183,7 +183,9 @@ class DDPEngine(Engine):
         if result.applied:
             scale = self.config.optim.clip / (result.grad_norm + 1e-6)
             if scale < 1:
-                torch._foreach_mul_([grad for grads in groups for grad in grads], scale)
+                for grads in groups:
+                    for grad in grads:
+                        grad.mul_(scale)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result
@@ -299,7 +301,7 @@ class DeepSpeedEngine(Engine):
 
 
 def _norm(grads: list[torch.Tensor]) -> torch.Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return nn.utils.get_total_norm(grads)
 
 
 def start_engine(config: RunConfig):

@@ -234,8 +234,8 @@ def _check_stop_rules(run: Training, totals: Totals) -> None:
         raise Preempted(f"step {run.step}: asked to stop; saved. Start the same command again to go on.")
     if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
         raise RuntimeError(
-            f"step {run.step}: {run.skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
-            f"(train.max_skipped_steps). See {run.folder.skipped}; lower optim.lr or mend the data."
+            f"step {run.step}: {run.skipped_in_a_row} steps in a row had a loss or gradient that is not "
+            f"finite (train.max_skipped_steps). See {run.folder.skipped}; lower optim.lr or mend the data."
         )
     run.ledger.check(run.config.data.max_bad_share, good=run.good, bad=run.bad)
 
@@ -245,4 +245,3 @@ def _listen_for_sigterm(run: Training) -> None:
         run.stop_asked = True
 
     signal.signal(signal.SIGTERM, ask)
-

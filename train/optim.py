@@ -9,12 +9,18 @@ from torch import nn
 from train.config import RunConfig
 from train.model.omni import module_of
 
+NO_DECAY = (
+    "llm.model.embed_tokens.weight",
+    "vision.vpm.embeddings.position_embedding.weight",
+    "vision.resampler.query",
+    "audio.audio.audio_bos_eos_token.weight",
+)
+"""Matrices that are tables of vectors: decay would pull towards nothing in particular."""
+
 
 def has_decay(name: str, parameter: torch.Tensor) -> bool:
-    """Returns whether weight decay applies: not to norms, biases, embeddings and position tables."""
-    if parameter.ndim < 2:
-        return False
-    return not any(word in name for word in ("embed", "position", "bos_eos", "query"))
+    """Returns whether weight decay applies: not to norms, biases, embeddings and learned queries."""
+    return parameter.ndim >= 2 and name not in NO_DECAY
 
 
 def build_groups(model: nn.Module, config: RunConfig) -> list[dict]:

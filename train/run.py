@@ -71,8 +71,7 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
     beginning = _begin(training, planner, tables, parent)
     if engine.is_main:
         print(banner(config, engine, sizes, tables, held_out, total_steps, beginning), flush=True)
-        plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-        assert isinstance(plain, dict)
+        plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
         training.sinks = build_sinks(SinkRun(folder.path, training.step, total_steps, config.log, plain))
     try:
         checkpoint = train(training)
@@ -181,7 +180,9 @@ def describe(title: str, tables: Tables) -> list[str]:
     lines = []
     for name, facts in tables.report.items():
         kinds = ", ".join(f"{count} {kind}" for kind, count in facts["modality"].items())
-        line = f"  {title:<9} {name}: {facts['samples']} samples ({kinds or 'none'}), {facts['tokens']} tokens"
+        line = (
+            f"  {title:<9} {name}: {facts['samples']} samples ({kinds or 'none'}), {facts['tokens']} tokens"
+        )
         left_out = ", ".join(f"{count} {reason}" for reason, count in facts["excluded"].items())
         lines.append(f"{line}; left out: {left_out}" if left_out else line)
     return lines or [f"  {title:<9} nothing"]

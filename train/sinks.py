@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -162,15 +162,6 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hour}h{minute:02d}m"
     return f"{minute}m{second:02d}s" if minutes else f"{second}s"
-
-
-def flatten(record: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (`loss_by_source/coco`, value) for every leaf of a nested record."""
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
 
 
 def _jsonl(run: SinkRun) -> Sink:

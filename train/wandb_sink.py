@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import wandb
 from wandb.errors import Error as WandbError
-
-from train.sinks import flatten
 
 INIT_SECONDS = 60
 
@@ -70,3 +69,12 @@ def run_id(folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
+
+
+def flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (`loss_by_source/coco`, value) for every leaf of a nested record."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value

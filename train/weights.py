@@ -26,7 +26,7 @@ def write_weights(reader, folder: Path) -> str:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _whole(reader, name) for name in names}
         save_file(tensors, str(folder / file), metadata={"format": "pt"})
-        weight_map |= {name: file for name in names}
+        weight_map |= dict.fromkeys(names, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=1))

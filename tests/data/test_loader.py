@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import loader
 from data.deal import deal
 from data.encode import Encoder
 from data.index import load_folder
@@ -40,7 +41,7 @@ def mixed(tmp_path_factory):
 def run(config, *, rank=0, world_size=1, state=None, steps=None, encoder=None, micro_batch_packs=1):
     """Returns the steps that a fresh loader delivers, at most `steps`."""
     tables = tables_of(config)
-    loader = loader_of(
+    loading = loader_of(
         config,
         tables,
         planner_of(config, tables, state=state),
@@ -50,11 +51,11 @@ def run(config, *, rank=0, world_size=1, state=None, steps=None, encoder=None, m
         micro_batch_packs=micro_batch_packs,
     )
     delivered = []
-    for step in loader:
+    for step in loading:
         delivered.append(step)
         if len(delivered) == steps:
             break
-    loader.close()
+    loading.close()
     return delivered
 
 
@@ -110,6 +111,7 @@ def spoiling(config, way, key=None):
     return encoder
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [2, 3])
 def test_batches_are_the_same_for_any_number_of_workers(mixed, workers):
     inline = run(data_config(mixed))
@@ -162,14 +164,20 @@ def test_micro_batches_are_dealt_in_order(mixed):
     assert batch.input_ids.shape == (2, 512)
 
 
-@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (0, 4), (2, 2)])
-def test_resume_delivers_exactly_the_remaining_samples(mixed, workers, world_size):
+@pytest.fixture(scope="module")
+def interrupted(mixed):
+    """All steps of a run, and the state after two steps of one that had prefetched more."""
+    first = run(data_config(mixed, workers=1, prefetch=8), steps=2)
     whole = run(data_config(mixed))
-    first = run(data_config(mixed, workers=2, prefetch=4), steps=2)
-    state = first[-1].planner_state
+    assert keys_of(first) == keys_of(whole[:2])
+    return whole, first[-1].planner_state
+
+
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (0, 2), (0, 4), (2, 1)])
+def test_resume_delivers_exactly_the_remaining_samples(mixed, interrupted, workers, world_size):
+    whole, state = interrupted
     config = data_config(mixed, workers=workers)
     rest = [run(config, rank=rank, world_size=world_size, state=state) for rank in range(world_size)]
-    assert keys_of(first) == keys_of(whole[:2])
     for expected, steps in zip(whole[2:], zip(*rest), strict=True):
         assert keys_of(steps) == keys_of([expected])
 
@@ -178,11 +186,11 @@ def test_prefetched_steps_are_not_in_the_state_that_is_handed_over(mixed):
     config = data_config(mixed, workers=1, prefetch=8)
     tables = tables_of(config)
     planner = planner_of(config, tables)
-    loader = loader_of(config, tables, planner)
-    step = next(iter(loader))
+    loading = loader_of(config, tables, planner)
+    step = next(iter(loading))
     assert (step.step, step.planner_state["step"]) == (1, 1)
     assert planner.state()["step"] > 1
-    loader.close()
+    loading.close()
 
 
 def test_a_restored_planner_is_iterated_again_with_the_same_workers(mixed):
@@ -190,13 +198,13 @@ def test_a_restored_planner_is_iterated_again_with_the_same_workers(mixed):
     tables = tables_of(config)
     planner = planner_of(config, tables)
     start = copy.deepcopy(planner.state())
-    loader = loader_of(config, tables, planner)
-    first = [content(step.batches) for step in loader]
+    loading = loader_of(config, tables, planner)
+    first = [content(step.batches) for step in loading]
     pids = {process.pid for process in workers_alive()}
     planner.restore(start)
-    assert [content(step.batches) for step in loader] == first
+    assert [content(step.batches) for step in loading] == first
     assert {process.pid for process in workers_alive()} == pids
-    loader.close()
+    loading.close()
     assert not workers_alive()
 
 
@@ -228,13 +236,13 @@ def test_bad_sample_becomes_blank_in_its_place_and_shifts_nothing(mixed, way, ca
 
 
 def test_picture_of_another_size_behind_the_index_is_dropped_as_length_changed(tmp_path):
-    name = write_media(tmp_path, "a.png", image_bytes(56, 56, "PNG"))
+    name = write_media(tmp_path, "a.png", image_bytes(160, 160, "PNG"))
     path = prepare_folder(tmp_path, [record(0, image=name), record(1)], tmp_path / "mixed")
     config = data_config(path)
     tables = tables_of(config)
     shard = tables.folders["mixed"].shards[0]
     offset, size = shard.members(0)["0.png"]
-    other = image_bytes(120, 50)
+    other = image_bytes(56, 56)
     assert len(other) <= size
     with open(shard.path, "r+b") as file:
         file.seek(offset)
@@ -247,18 +255,22 @@ def test_picture_of_another_size_behind_the_index_is_dropped_as_length_changed(t
 
 def test_hung_worker_is_told_by_the_name_of_its_sample(mixed, monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
-    config = data_config(mixed, workers=1, timeout_seconds=8.0)
+    config = data_config(mixed, workers=1, timeout_seconds=4.0)
     encoder = spoiling(config, "hang")
-    with pytest.raises(RuntimeError, match=rf"^mixed/shard-000001\.tar/{encoder.key}: .*timed out after 8"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"^mixed/shard-000001\.tar/{encoder.key}: a loader worker hangs .*timeout_seconds=4",
+    ):
         run(config, encoder=encoder)
     assert not workers_alive()
 
 
-def test_killed_worker_is_told_by_the_name_of_its_sample(mixed):
+def test_killed_worker_is_told_by_the_name_of_its_sample(mixed, monkeypatch):
+    monkeypatch.setattr(loader, "LOOK_SECONDS", 0.5)
     config = data_config(mixed, workers=2)
     encoder = spoiling(config, "kill")
     with pytest.raises(
-        RuntimeError, match=rf"^mixed/shard-000001\.tar/{encoder.key}: a loader worker failed"
+        RuntimeError, match=rf"^mixed/shard-000001\.tar/{encoder.key}: a loader worker died at this .signal 9"
     ):
         run(config, encoder=encoder)
     assert not workers_alive()

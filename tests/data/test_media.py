@@ -255,6 +255,13 @@ def test_damaged_recording_gives_the_same_length_or_the_same_error(name, flips):
     assert outcome(audio_num_samples, bytes(data)) == (decoded if isinstance(decoded, str) else len(decoded))
 
 
+def test_tags_in_another_encoding_do_not_matter():
+    title = struct.pack("<4sI", b"INAM", 4) + b"caf\xe9"
+    data = bytearray(wav(seconds=0.2) + struct.pack("<4sI4s", b"LIST", 4 + len(title), b"INFO") + title)
+    data[4:8] = struct.pack("<I", len(data) - 8)
+    assert audio_num_samples(bytes(data), LIMITS) == 3200
+
+
 def test_m4a_without_a_codec_is_an_error_and_no_crash():
     data = RECORDINGS["m4a"].replace(b"\0\0\0\x10smhd", b"\0\0\0\x41smhd")
     assert cause_of(decode_audio, data) == "audio_corrupt"

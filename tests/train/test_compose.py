@@ -109,14 +109,14 @@ def test_a_bad_recipe_is_refused_without_importing_torch():
     ],
 )
 def test_hydras_errors_are_reworded_with_the_nearest_name(words, start, hint):
-    with pytest.raises(Exception) as error:  # noqa: PT011 - Hydra and OmegaConf raise several types
+    with pytest.raises(Exception) as error:
         composed("data.path=x", *words)
     text = reword(error.value)
     assert text.startswith(start) and hint in text and len(text.splitlines()) == 1
 
 
 def test_a_missing_path_is_named():
-    with pytest.raises(Exception) as error:  # noqa: PT011
+    with pytest.raises(Exception) as error:
         to_run_config(composed())
     assert "data.path: it is not set" in (str(error.value) + reword(error.value))
 

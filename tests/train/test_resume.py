@@ -1,11 +1,12 @@
 """Killed at any moment and started again, a run ends as if it had never been killed."""
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -22,7 +23,6 @@ def kill_at(folder, step: int, words, processes: int) -> None:
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 200
@@ -31,7 +31,10 @@ def kill_at(folder, step: int, words, processes: int) -> None:
             break
         time.sleep(0.02)
     assert process.poll() is None, "the run ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
+    # A launcher's ranks are in process groups of their own.
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
     process.wait()
 
 

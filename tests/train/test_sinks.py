@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from train.config import LogConfig, WandbMode
-from train.sinks import ConsoleSink, JsonlSink, SinkRun, build_sinks, flatten, format_line, format_seconds
+from train.sinks import ConsoleSink, JsonlSink, SinkRun, build_sinks, format_line, format_seconds
+from train.wandb_sink import flatten
 
 RECORD = {
     "step": 120,

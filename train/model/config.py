@@ -105,10 +105,9 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
-        if self.vision.resampler_heads > 0 and self.llm.width % self.vision.resampler_heads:
-            return [
-                f"vision.resampler_heads={self.vision.resampler_heads}: must divide llm.width {self.llm.width}."
-            ]
+        heads = self.vision.resampler_heads
+        if heads > 0 and self.llm.width % heads:
+            return [f"vision.resampler_heads={heads}: must divide {self.llm.width}, the LLM's width."]
         if self.llm.width % 4:
             return [f"llm.width={self.llm.width}: must be a multiple of 4 for the 2-D sin-cos positions."]
         return []
