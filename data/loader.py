@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -34,14 +35,15 @@ LOOK_SECONDS = 5.0
 class StepBatches:
     """All micro-batches of one global step on this rank.
 
-    `planner_state` resumes after this step. `drawn` is tokens per source since the run began and
-    `fill` the used share of this step's packs, both over all ranks. `wait_seconds` is how long the
-    rank waited for its batches.
+    `planner_state` resumes after this step. Over all ranks: `epoch` and `drawn` are mixture epochs and
+    tokens per source since the run began, `fill` is the used share of this step's packs.
+    `wait_seconds` is how long the rank waited for its batches.
     """
 
     step: int
     batches: list[Batch]
     planner_state: dict[str, Any]
+    epoch: float
     drawn: dict[str, int]
     fill: float
     wait_seconds: float
@@ -75,7 +77,15 @@ class _Schedule(Sampler):
         state = self.planner.state()
         drawn = {name: source["tokens"] for name, source in state["sources"].items()}
         filled = [pack.length for pack in plan.packs if pack.refs]
-        return StepBatches(plan.step, [], state, drawn, sum(filled) / (len(filled) * self.length), 0.0)
+        return StepBatches(
+            step=plan.step,
+            batches=[],
+            planner_state=state,
+            epoch=self.planner.epoch,
+            drawn=drawn,
+            fill=sum(filled) / (len(filled) * self.length),
+            wait_seconds=0.0,
+        )
 
 
 class Loader:
@@ -106,6 +116,8 @@ class Loader:
         options = {"length": length, "media": media, "pad_id": pad_id, "loss": loss}
         self._dataset = MicroBatches(folders, encoder, options, self._progress)
         self._dataloader = self._build()
+        # A rank that fails elsewhere would wait at its exit for workers that are deaf to SIGTERM.
+        finalize(self, _end_workers, self._dataloader)
 
     def _build(self) -> DataLoader:
         workers = self._config.workers
@@ -203,12 +215,16 @@ class Loader:
 
     def close(self) -> None:
         """Ends the workers. Iterating again would start new ones."""
-        iterator: Any = self._dataloader._iterator
-        self._dataloader._iterator = None
-        if iterator is None:
-            return
-        iterator._shutdown_workers()
-        for worker in iterator._workers:
-            if worker.is_alive():  # it hangs, and is deaf to SIGTERM
-                worker.kill()
-                worker.join()
+        _end_workers(self._dataloader)
+
+
+def _end_workers(dataloader: DataLoader) -> None:
+    iterator: Any = dataloader._iterator
+    dataloader._iterator = None
+    if iterator is None:
+        return
+    iterator._shutdown_workers()
+    for worker in iterator._workers:
+        if worker.is_alive():  # it hangs, and is deaf to SIGTERM
+            worker.kill()
+            worker.join()

@@ -3,7 +3,10 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from data.deal import deal
 from data.encode import Encoder
 from data.index import load_folder
 from data.sample import SampleError
+from data.worker import Loaded
 from tests.data.corpus import (
     MEDIA,
     TOKENIZER,
@@ -27,6 +31,8 @@ from tests.data.corpus import (
     tables_of,
     write_media,
 )
+
+CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +299,58 @@ def test_failing_disk_stops_the_run_and_names_the_sample(mixed, monkeypatch):
         next(iter(loader_of(config, tables, planner_of(config, tables))))
 
 
+FAILING_RANK = """
+import sys
+from tests.data.corpus import *
+
+if __name__ == "__main__":
+    config = data_config(sys.argv[1], workers=1)
+    tables = tables_of(config)
+    loader = loader_of(config, tables, planner_of(config, tables))
+    next(iter(loader))
+    print(*(worker.pid for worker in loader._dataloader._iterator._workers), flush=True)
+    raise SystemExit(7)
+"""
+
+
+def test_rank_that_fails_elsewhere_ends_at_once_with_its_workers(mixed):
+    rank = subprocess.run(
+        [sys.executable, "-c", FAILING_RANK, mixed],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        cwd=CHECKOUT,
+    )
+    assert rank.returncode == 7
+    pid = int(rank.stdout)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_pinning_reaches_every_tensor_and_keeps_the_rest(mixed, monkeypatch):
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = run(data_config(mixed), steps=1)[0].batches[0]
+    copied = Loaded(batch).pin_memory().batch
+    assert content(copied) == content(batch)
+    assert len(pinned) == 7 + 5 + 9
+    assert copied.vision.pixels is not batch.vision.pixels
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_pinned_where_there_is_a_gpu(mixed, workers):
+    (step,) = run(data_config(mixed, workers=workers), steps=1)
+    assert step.batches[0].input_ids.is_pinned()
+    assert step.batches[0].vision.pixels.is_pinned()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loading_leaves_the_random_state_of_the_rank_alone(mixed, workers):
     before = torch.get_rng_state()
@@ -308,3 +366,4 @@ def test_fill_and_drawn_are_of_the_whole_global_step(mixed):
         assert (one.fill, one.drawn) == (other.fill, other.drawn)
     assert ranks[0][-1].drawn == {"mixed": int(tables.tables[0].length.sum())}
     assert ranks[0][0].fill > 0.98
+    assert ranks[0][-1].epoch == 1.0
