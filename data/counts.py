@@ -76,13 +76,13 @@ def build_tables(
     *,
     split: Literal["train", "held_out"],
     cost: CostFunction,
-    drop_text_only: bool,
+    takes: Callable[[str], bool],
 ) -> Tables:
     """Returns the samples of a split. Token counts are made now if they are not cached.
 
     `train` takes all training sources without their held-out share (`data.holdout`, by a hash of the
-    key); `held_out` takes that share and the sources of `data.held_out`. With `drop_text_only`,
-    samples without media are left out: under a frozen language model they train nothing.
+    key); `held_out` takes that share and the sources of `data.held_out`. `takes` says whether samples
+    of a modality are of use: under a frozen language model, text alone trains nothing.
 
     Raises:
         ValueError: a source is missing, damaged, or has no sample left.
@@ -91,7 +91,7 @@ def build_tables(
     for choice in _choices(config, split):
         counts = count_folder(choice.folder, encoder, choice.where, config.cache)
         taken = [
-            _select(config, choice, shard, counts[shard], drop_text_only, tables.quarantined)
+            _select(config, choice, shard, counts[shard], takes, tables.quarantined)
             for shard in range(len(counts))
         ]
         table = _table(choice, counts, taken, cost, media.audio.sample_rate_hz)
@@ -136,7 +136,7 @@ def _select(
     choice: _Choice,
     shard: int,
     counts: ShardCounts,
-    drop_text_only: bool,
+    takes: Callable[[str], bool],
     quarantined: list[Dropped],
 ) -> np.ndarray:
     """Returns the rows of a shard that are taken, and notes what is not.
@@ -163,8 +163,9 @@ def _select(
             choice.excluded[cause] += 1
             quarantined.append(Dropped(choice.name, index.name, index.keys[row], cause, message))
     taken[counts.bad] = False
-    if drop_text_only:
-        exclude("text_only", counts.modality == MODALITIES.index("text"))
+    for code, modality in enumerate(MODALITIES):
+        if not takes(modality):
+            exclude(f"{modality} (trains nothing)", counts.modality == code)
     return np.flatnonzero(taken)
 
 

@@ -1,7 +1,7 @@
 """From a `Sample` to an `EncodedSample`: slicing, log-mel and chat template in one place.
 
-`Encoder.count` works from sizes alone, for the index; `Encoder.encode` from media bytes, in the
-workers. Both ask `Encoder.lay_out`, so that they cannot differ.
+`Encoder.lay_out` works from sizes alone, for counting; `Encoder.encode` from media bytes, in the
+workers, and asks `lay_out` too, so that they cannot differ.
 """
 
 from __future__ import annotations
@@ -85,23 +85,6 @@ class Encoder:
         }
         text = json.dumps(parts, sort_keys=True, default=lambda choice: choice.value)
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def count(self, sample: Sample, sizes: dict[str, MediaSize]) -> Counts:
-        """Returns what `encode` would give, from the sizes of the media alone.
-
-        Raises:
-            SampleError: the sample cannot be used, or is longer than a row and to be dropped.
-            ValueError: it is longer than a row and `data.pack.oversize` is `error`.
-        """
-        try:
-            return self.lay_out(sample, sizes).counts
-        except SampleError as error:
-            if error.cause == "oversize" and self.config.pack.oversize is Oversize.error:
-                raise ValueError(
-                    f"data.pack.oversize=error: sample {sample.key}: {error}. "
-                    "Or use data.pack.oversize=truncate or drop."
-                ) from error
-            raise
 
     def encode(self, sample: Sample, source: str) -> EncodedSample:
         """Returns the sample as tokens, patches and mel frames.

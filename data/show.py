@@ -141,13 +141,21 @@ def show(source: str, sample: Sample, sizes: dict[str, MediaSize], encoder: Enco
     }
 
 
+def format_text(shown: dict[str, Any], colour: bool) -> str:
+    """Returns the sample's text with its supervised parts in green, or in [[ ]] without `colour`."""
+    before, after = (GREEN, PLAIN) if colour else ("[[", "]]")
+    marked = (
+        f"{before}{piece['text']}{after}" if piece["supervised"] else piece["text"]
+        for piece in shown["pieces"]
+    )
+    return "".join(marked)
+
+
 def print_shown(shown: dict[str, Any], colour: bool) -> None:
     """Prints what `show` returned, for people."""
-    before, after = (GREEN, PLAIN) if colour else ("[[", "]]")
     print(f"{shown['source']}/{shown['key']}  tags: {', '.join(shown['tags']) or '-'}\n")
-    for piece in shown["pieces"]:
-        print(f"{before}{piece['text']}{after}" if piece["supervised"] else piece["text"], end="")
-    print(f"\n\n{'media':24} {'tokens':>15} {'items':>5}  cut into")
+    print(format_text(shown, colour))
+    print(f"\n{'media':24} {'tokens':>15} {'items':>5}  cut into")
     for span in shown["spans"]:
         place = f"[{span['start']}, {span['stop']})"
         print(f"{span['media']:24} {place:>15} {span['items']:>5}  {span['cut']}")

@@ -123,7 +123,7 @@ class MicroBatches(Dataset):
 
     def _encode(self, ref: SampleRef) -> EncodedSample:
         if ref.source not in self._readers:
-            self._readers[ref.source] = ShardReader(self.folders[ref.source])
+            self._readers[ref.source] = ShardReader(self.folders[ref.source], ref.source)
         sample = self._readers[ref.source].read(ref.shard, ref.row, media=True)
         try:
             encoded = self.encoder.encode(sample, ref.source)

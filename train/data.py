@@ -11,7 +11,7 @@ from data.plan import Planner
 from data.tokenizer import load_tokenizer
 from train.config import RunConfig
 from train.engine import Engine
-from train.flops import sample_cost
+from train.flops import sample_cost, trains_anything
 
 Split = Literal["train", "held_out"]
 
@@ -44,7 +44,7 @@ def load_tables(config: RunConfig, engine: Engine, encoder: Encoder, split: Spli
             encoder,
             split=split,
             cost=cost,
-            drop_text_only=not config.tune_llm and split == "train",
+            takes=lambda modality: split == "held_out" or trains_anything(modality, config.tuned),
         )
 
     if engine.accelerator.is_local_main_process:

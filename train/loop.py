@@ -194,7 +194,7 @@ def _log(run: Training, work: StepBatches, result: StepResult | None, *, evaluat
         work.step,
         engine.all_reduce,
         engine.world_size,
-        epoch=0.0,
+        epoch=work.epoch,
         lr=rates,
         drawn=work.drawn,
         **norms,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 from data.ledger import Ledger
 from data.plan import Planner
 from train import stage
+from train.banner import describe_data, describe_run, describe_sample, module_sizes
 from train.checkpoint import PieceReader, copy_weights, newest_checkpoint, restore_checkpoint
 from train.compose import readable_errors
 from train.config import RunConfig
@@ -23,7 +23,7 @@ from train.flops import peak_flops
 from train.folder import RunFolder
 from train.loop import Preempted, Training, train
 from train.meters import Meters
-from train.model.omni import MegrezOmni, build_model, module_of
+from train.model.omni import build_model
 from train.sinks import SinkRun, build_sinks
 
 EXIT_PREEMPTED = 75
@@ -70,7 +70,10 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
     )
     beginning = _begin(training, planner, tables, parent)
     if engine.is_main:
-        print(banner(config, engine, sizes, tables, held_out, total_steps, beginning), flush=True)
+        lines = describe_run(config, engine, total_steps, sizes)
+        lines += describe_data("train", tables) + describe_data("held out", held_out)
+        lines += describe_sample(tables, encoder) if training.step == 0 else []
+        print("\n".join([*lines, beginning]), flush=True)
         plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
         training.sinks = build_sinks(SinkRun(folder.path, training.step, total_steps, config.log, plain))
     try:
@@ -142,47 +145,3 @@ def _facts(training: Training, tables: Tables, parent, seconds: float) -> dict[s
         "samples": {"good": training.good, "bad": training.bad},
         "seconds": round(seconds, 1),
     }
-
-
-def module_sizes(model: MegrezOmni) -> dict[str, int]:
-    """Returns the parameters of each of the five modules."""
-    sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        sizes[module_of(name)] = sizes.get(module_of(name), 0) + parameter.numel()
-    return sizes
-
-
-def banner(
-    config: RunConfig,
-    engine: Engine,
-    sizes: dict[str, int],
-    tables: Tables,
-    held_out: Tables,
-    total_steps: int,
-    beginning: str,
-) -> str:
-    """Returns what a person should see before the first step."""
-    spread = "DDP" if config.zero.stage == 0 else f"DeepSpeed {config.zero.value}"
-    where = f"{engine.world_size} x {engine.device.type}, {spread}, {config.precision.value}"
-    lines = [
-        f"Stage {config.stage} of {config.model.name} in {Path(config.run)}: {total_steps} steps, {where}"
-    ]
-    lines.append(f"  {beginning}")
-    for name, size in sizes.items():
-        state = f"trains at lr {config.learning_rate(name):g}" if config.tuned[name] else "frozen"
-        lines.append(f"  {name:<15} {size / 1e6:10.2f}M  {state}")
-    lines += describe("train", tables) + describe("held out", held_out)
-    return "\n".join(lines)
-
-
-def describe(title: str, tables: Tables) -> list[str]:
-    """Returns a line per source: what is taken of it and what is left out, by reason."""
-    lines = []
-    for name, facts in tables.report.items():
-        kinds = ", ".join(f"{count} {kind}" for kind, count in facts["modality"].items())
-        line = (
-            f"  {title:<9} {name}: {facts['samples']} samples ({kinds or 'none'}), {facts['tokens']} tokens"
-        )
-        left_out = ", ".join(f"{count} {reason}" for reason, count in facts["excluded"].items())
-        lines.append(f"{line}; left out: {left_out}" if left_out else line)
-    return lines or [f"  {title:<9} nothing"]

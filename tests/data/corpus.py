@@ -101,7 +101,7 @@ def data_config(*paths, length=512, **options):
     return DataConfig(**{"sources": sources, "pack": pack, "workers": 0, **options})
 
 
-def tables_of(config, split="train", drop_text_only=False) -> Tables:
+def tables_of(config, split="train", takes=lambda modality: True) -> Tables:
     """Returns the tables of a config, with tokens as cost."""
     encoder = Encoder(config, MEDIA, TOKENIZER)
     return build_tables(
@@ -110,7 +110,7 @@ def tables_of(config, split="train", drop_text_only=False) -> Tables:
         encoder,
         split=split,
         cost=lambda length, patches, frames: length + patches + frames,
-        drop_text_only=drop_text_only,
+        takes=takes,
     )
 
 

@@ -153,9 +153,9 @@ def test_held_out_source_is_taken_whole_and_only_for_evaluation(cached, tmp_path
     assert [(table.name, len(table)) for table in held.tables] == [("exam", 6)]
 
 
-def test_text_only_samples_are_left_out_for_a_frozen_llm(cached):
-    tables = tables_of(cached, drop_text_only=True)
-    assert tables.report["mixed"]["excluded"]["text_only"] == 10
+def test_samples_of_a_modality_that_is_of_no_use_are_left_out_and_counted(cached):
+    tables = tables_of(cached, takes=lambda modality: modality != "text")
+    assert tables.report["mixed"]["excluded"]["text (trains nothing)"] == 10
     assert "text" not in tables.report["mixed"]["modality"]
 
 
@@ -185,8 +185,8 @@ def test_missing_folder_is_named_by_its_setting(tmp_path):
 
 def test_source_without_a_usable_sample_is_refused_with_the_reasons(tmp_path):
     path = prepare_folder(tmp_path, [record(n) for n in range(3)], tmp_path / "text")
-    with pytest.raises(ValueError, match=r"none of its 3 samples is left \(text_only 3\)"):
-        tables_of(data_config(path), drop_text_only=True)
+    with pytest.raises(ValueError, match=r"none of its 3 samples is left \(text \(trains nothing\) 3\)"):
+        tables_of(data_config(path), takes=lambda modality: modality != "text")
 
 
 def test_oversize_sample_is_an_error_dropped_or_cut_as_asked(tmp_path):

@@ -1,0 +1,59 @@
+"""What a person should see before the first step: what trains, on what, from where, and one sample."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from data.encode import Encoder
+from data.shards import ShardReader
+from data.show import format_text, show
+from train.config import RunConfig
+from train.data import Tables
+from train.engine import Engine
+from train.model.omni import MegrezOmni, module_of
+
+
+def module_sizes(model: MegrezOmni) -> dict[str, int]:
+    """Returns the parameters of each of the five modules. Call before ZeRO-3 partitions them."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        sizes[module_of(name)] = sizes.get(module_of(name), 0) + parameter.numel()
+    return sizes
+
+
+def describe_run(config: RunConfig, engine: Engine, total_steps: int, sizes: dict[str, int]) -> list[str]:
+    """Returns the stage, its length and place, and what happens to each module."""
+    spread = "DDP" if config.zero.stage == 0 else f"DeepSpeed {config.zero.value}"
+    where = f"{engine.world_size} x {engine.device.type}, {spread}, {config.precision.value}"
+    lines = [
+        f"Stage {config.stage} of {config.model.name} in {Path(config.run)}: {total_steps} steps, {where}"
+    ]
+    for name, size in sizes.items():
+        state = f"trains at lr {config.learning_rate(name):g}" if config.tuned[name] else "frozen"
+        lines.append(f"  {name:<15} {size / 1e6:10.2f}M  {state}")
+    return lines
+
+
+def describe_data(title: str, tables: Tables) -> list[str]:
+    """Returns a line per source: what is taken of it and what is left out, by reason."""
+    lines = []
+    for name, facts in tables.report.items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in facts["modality"].items())
+        counts = f"{facts['samples']} samples ({kinds or 'none'}), {facts['tokens']} tokens"
+        line = f"  {title:<9} {name}: {counts}"
+        left_out = ", ".join(f"{count} {reason}" for reason, count in facts["excluded"].items())
+        lines.append(f"{line}; left out: {left_out}" if left_out else line)
+    return lines or [f"  {title:<9} nothing"]
+
+
+def describe_sample(tables: Tables, encoder: Encoder) -> list[str]:
+    """Returns the first sample as text, so that a wrong loss mask is seen before it costs anything."""
+    table = tables.tables[0]
+    shard, row = int(table.shard[0]), int(table.row[0])
+    folder = tables.folders[table.name]
+    sample = ShardReader(folder, table.name).read(shard, row, media=False)
+    shown = show(table.name, sample, folder.shards[shard].sizes(row), encoder)
+    marked = "green" if sys.stdout.isatty() else "in [[ ]]"
+    text = format_text(shown, sys.stdout.isatty())
+    return [f"  sample    {table.name}/{sample.key} (supervised text {marked}):", *text.splitlines()]
