@@ -110,7 +110,7 @@ class DataConfig:
     names sources that are for evaluation only.
     """
 
-    path: str | None = "???"
+    path: str | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     held_out: dict[str, SourceConfig] = field(default_factory=dict)
     holdout: float = 0.0

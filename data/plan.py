@@ -8,7 +8,6 @@ The whole state is a few kilobytes of JSON, so a run can go on from any step, on
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from data.config import PackConfig
 from data.pack import Candidate, fill_row
 from data.sample import Pack, SampleRef
+from data.shuffle import shuffled_windows
 
 _BLOCK = 1024
 """Draws turned into Python objects at a time: enough to be fast, few enough not to be felt."""
@@ -286,39 +286,13 @@ def _stream(
 ) -> Iterator[Candidate]:
     """Yields the samples of a source forever, from any place in any epoch."""
     while True:
-        for window in _windows(table, seed, shuffle_shards, epoch, position):
+        for window in shuffled_windows(table.name, table.shard, seed, shuffle_shards, epoch, position):
             for start in range(0, len(window), _BLOCK):
                 index = window[start : start + _BLOCK]
                 columns = (table.length, table.slices, table.audio_seconds)
                 values = (column[index].tolist() for column in columns)
                 yield from map(Candidate, *values, repeat(number), index.tolist(), repeat(epoch))
         epoch, position = epoch + 1, 0
-
-
-def _windows(
-    table: SourceTable, seed: int, shuffle_shards: int, epoch: int, position: int
-) -> Iterator[np.ndarray]:
-    """Yields the indices of one epoch from `position` on, a shuffled window of shards at a time.
-
-    Shapes: int64 [samples of the window].
-    """
-    starts = np.flatnonzero(np.diff(table.shard, prepend=table.shard[0] - 1))
-    stops = np.append(starts[1:], len(table))
-    shards = _permutation(len(starts), f"{seed} {epoch} shards {table.name}")
-    for number, first in enumerate(range(0, len(shards), shuffle_shards)):
-        chosen = shards[first : first + shuffle_shards]
-        size = int((stops[chosen] - starts[chosen]).sum())
-        if position < size:
-            rows = np.concatenate([np.arange(int(starts[shard]), int(stops[shard])) for shard in chosen])
-            yield rows[_permutation(size, f"{seed} {epoch} {number} {table.name}")][position:]
-        position = max(0, position - size)
-
-
-def _permutation(size: int, key: str) -> np.ndarray:
-    # NumPy keeps the raw bits of a generator the same in every release, but not what `permutation`
-    # makes of them, and a run must go on after an upgrade.
-    digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
-    return np.argsort(np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(size), kind="stable")
 
 
 def _shares(tables: list[SourceTable]) -> list[Fraction]:
@@ -372,7 +346,8 @@ def _check_budgets(tables: list[SourceTable], shares: list[int], pack: PackConfi
         if budget < per_pack:
             raise ValueError(
                 f"data.pack.{name}={budget}: below the mixture's mean of {per_pack:.1f} a pack, "
-                f"so rows would stay empty. Use {math.ceil(per_pack)} or more."
+                f"so rows would stay empty. Use {math.ceil(1.3 * per_pack)} or more: 1.3 times the mean "
+                "fills rows."
             )
 
 

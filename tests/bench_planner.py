@@ -1,6 +1,6 @@
 """Prints how full the planner's rows are, how long samples wait, and what planning costs.
 
-Example: python tests/bench_planner.py --samples 30000 --buffer 128
+Example: python -m tests.bench_planner --samples 30000 --buffer 128
 """
 
 from __future__ import annotations

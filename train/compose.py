@@ -60,17 +60,20 @@ def readable_errors(every_rank: bool = False) -> Iterator[None]:
     """
     rank = os.environ.get("RANK", "0")
     quiet = rank != "0" and not every_rank
+    speaker = f"rank {rank}: " if every_rank and os.environ.get("WORLD_SIZE", "1") != "1" else ""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through instead of printing them
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(reword(error), quiet)
     except ValueError as error:
-        _refuse(str(error), quiet)
+        _refuse(speaker + str(error), quiet)
     except OSError as error:
         if error.errno is None:
             raise
-        _refuse(f"{error.filename or 'file system'}: {error.strerror}. Mend it and start again.", quiet)
+        _refuse(
+            f"{speaker}{error.filename or 'file system'}: {error.strerror}. Mend it and start again.", quiet
+        )
 
 
 def _refuse(text: str, quiet: bool) -> None:
@@ -87,6 +90,7 @@ def reword(error: Exception) -> str:
     cause = error.__cause__
     detail = str(cause) if cause is not None else text
     unset = re.search(r"Missing mandatory value: ([\w.]+)", text)
+    unset = unset or re.search(r"interpolation '\$\{([\w.]+)\}': Incompatible value 'None'", text)
     if unset:
         return _unset(unset.group(1))
     missing_option = re.search(r"Could not find '([\w/]+)/([^'/]+)'", text)

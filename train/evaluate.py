@@ -20,8 +20,9 @@ class HeldOut:
     """Evaluates an engine on the held-out samples, over at most `eval.max_packs` packs."""
 
     def __init__(self, config: RunConfig, engine: Engine, tables: Tables, encoder: Encoder) -> None:
-        # One worker is enough here, and none of the training's workers has to give way.
-        loading = dataclasses.replace(config.data, workers=min(config.data.workers, 1))
+        # One worker is enough here. Budgets are for the training mixture; any packing gives the same loss.
+        pack = dataclasses.replace(config.data.pack, max_slices=None, max_audio_seconds=None)
+        loading = dataclasses.replace(config.data, workers=min(config.data.workers, 1), pack=pack)
         self.config = dataclasses.replace(config, data=loading)
         self.engine = engine
         self.tables = tables

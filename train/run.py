@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from typing import Any
@@ -15,7 +16,7 @@ from train import stage
 from train.banner import describe_data, describe_run, describe_sample, module_sizes
 from train.checkpoint import PieceReader, copy_weights, newest_checkpoint, restore_checkpoint
 from train.compose import readable_errors
-from train.config import RunConfig
+from train.config import Precision, RunConfig
 from train.data import Tables, build_encoder, build_loader, build_planner, load_tables
 from train.engine import Engine, build_engine, start_engine
 from train.evaluate import HeldOut
@@ -106,7 +107,9 @@ def _epochs(config: RunConfig) -> float | None:
 def _peak(config: RunConfig, engine: Engine) -> float | None:
     if config.log.peak_tflops:
         return config.log.peak_tflops * 1e12
-    return peak_flops(torch.cuda.get_device_name(engine.device)) if engine.device.type == "cuda" else None
+    if engine.device.type != "cuda" or config.precision is Precision.fp32:
+        return None  # the known peaks are those of bf16 on GPUs
+    return peak_flops(torch.cuda.get_device_name(engine.device))
 
 
 def _begin(training: Training, planner: Planner, tables: Tables, parent) -> str:
@@ -135,7 +138,8 @@ def _begin(training: Training, planner: Planner, tables: Tables, parent) -> str:
 
 
 def _facts(training: Training, tables: Tables, parent, seconds: float) -> dict[str, Any]:
-    record = training.last_record
+    # Killed between its last step and here, a run has its last record in the file only.
+    record = training.last_record or json.loads(training.folder.metrics.read_text().splitlines()[-1])
     kept = ("loss", "loss_by_source", "loss_by_modality", "held_out")
     return {
         "steps": training.total_steps,

@@ -356,7 +356,7 @@ def test_a_budget_below_the_mean_of_the_mixture_is_refused():
     # A draw has 0.5 slices and 20 tokens on average, so a row of 128 tokens has 3.2 slices.
     assert refused([even, other], max_slices=3) == (
         "data.pack.max_slices=3: below the mixture's mean of 3.2 a pack, so rows would stay empty. "
-        "Use 4 or more."
+        "Use 5 or more: 1.3 times the mean fills rows."
     )
     assert refused([even, other], max_audio_seconds=2.0).startswith("data.pack.max_audio_seconds=2.0: below")
     planner([even, other], max_slices=4, max_audio_seconds=2.4)

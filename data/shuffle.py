@@ -1,0 +1,38 @@
+"""Seeded shuffling that starts anywhere: only one window of shards is ever in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def shuffled_windows(
+    name: str, shard: np.ndarray, seed: int, shuffle_shards: int, epoch: int, position: int
+) -> Iterator[np.ndarray]:
+    """Yields the row indices of one epoch of source `name` from `position` on, a window at a time.
+
+    The shards are permuted, and the samples of every `shuffle_shards` of them together, so that a
+    remote shard is wanted during one window only.
+
+    Shapes: shard int32 [n], sorted, the shard of every row; yields int64 [samples of the window].
+    """
+    starts = np.flatnonzero(np.diff(shard, prepend=shard[0] - 1))
+    stops = np.append(starts[1:], len(shard))
+    order = permutation(len(starts), f"{seed} {epoch} shards {name}")
+    for number, first in enumerate(range(0, len(order), shuffle_shards)):
+        chosen = order[first : first + shuffle_shards]
+        size = int((stops[chosen] - starts[chosen]).sum())
+        if position < size:
+            rows = np.concatenate([np.arange(starts[place], stops[place]) for place in chosen])
+            yield rows[permutation(size, f"{seed} {epoch} {number} {name}")][position:]
+        position = max(0, position - size)
+
+
+def permutation(size: int, key: str) -> np.ndarray:
+    """Returns a permutation of `size` numbers that depends on `key` alone, int64 [size]."""
+    # NumPy keeps the raw bits of a generator the same in every release, but not what `permutation`
+    # makes of them, and a run must go on after an upgrade.
+    digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+    return np.argsort(np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(size), kind="stable")
