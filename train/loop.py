@@ -121,7 +121,7 @@ def train_step(run: Training, work: StepBatches, totals: Totals) -> StepResult |
     """
     engine, config = run.engine, run.config
     if totals.weight == 0:
-        run.meters.end_step(skipped=True)
+        run.meters.end_step(fill=work.fill, skipped=True)
         return None
     engine.set_lr(lr_factor(work.step, run.total_steps, config.optim))
     losses: list[torch.Tensor] = []
@@ -134,7 +134,7 @@ def train_step(run: Training, work: StepBatches, totals: Totals) -> StepResult |
         run.meters.add(batch, row_losses, sum(flops.values()))
         losses.append(row_losses)
     result = engine.step()
-    run.meters.end_step(skipped=not result.applied)
+    run.meters.end_step(fill=work.fill, skipped=not result.applied)
     run.skipped_in_a_row = 0 if result.applied else run.skipped_in_a_row + 1
     if not result.applied:
         _report_skip(run, work, losses)
@@ -197,6 +197,7 @@ def _log(run: Training, work: StepBatches, result: StepResult | None, *, evaluat
         epoch=work.epoch,
         lr=rates,
         drawn=work.drawn,
+        bad_samples=run.bad,
         **norms,
     )
     if evaluate:

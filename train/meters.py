@@ -81,11 +81,10 @@ class Meters:
         sources: every source's name, in the same order on every rank.
         device: where the losses are.
         peak: FLOP/s of one device, for MFU; None leaves MFU out.
-        bad_samples: count at the start, from a resumed run.
-        skipped_steps: likewise.
+        skipped_steps: count at the start, from a resumed run.
     """
 
-    COUNTS = ("tokens", "capacity", "samples", "supervised", "flops", "data_seconds", "bad_samples")
+    COUNTS = ("tokens", "samples", "supervised", "flops", "data_seconds")
 
     def __init__(
         self,
@@ -93,12 +92,10 @@ class Meters:
         device: torch.device,
         *,
         peak: float | None = None,
-        bad_samples: int = 0,
         skipped_steps: int = 0,
     ):
         self.losses = LossMeter(sources, device)
         self.peak = peak
-        self.bad_samples = bad_samples
         self.skipped_steps = skipped_steps
         self._device = device
         self.start()
@@ -112,6 +109,7 @@ class Meters:
         self.losses.reset()
         self._counts = dict.fromkeys(self.COUNTS, 0.0)
         self._steps = 0
+        self._fill = 0.0
         self._window_started = now
 
     def add(self, batch: Batch, row_losses: Tensor, flops: float) -> None:
@@ -121,13 +119,17 @@ class Meters:
         counts["tokens"] += sum(info.tokens for info in batch.samples)
         counts["supervised"] += sum(info.supervised for info in batch.samples)
         counts["samples"] += len(batch.samples)
-        counts["capacity"] += batch.input_ids.numel()
-        counts["bad_samples"] += len(batch.dropped)
         counts["flops"] += flops
 
-    def end_step(self, *, skipped: bool = False) -> None:
-        """Counts an optimizer step; `skipped` when no parameter changed (on all ranks alike)."""
+    def end_step(self, *, fill: float, skipped: bool = False) -> None:
+        """Counts an optimizer step; both values are the same on all ranks.
+
+        Args:
+            fill: used share of the step's rows. A bad sample keeps its place, so it counts as used.
+            skipped: whether no parameter changed.
+        """
         self._steps += 1
+        self._fill += fill
         self.skipped_steps += skipped
 
     def waited(self, seconds: float) -> None:
@@ -156,7 +158,6 @@ class Meters:
         values = all_reduce(mine).tolist()
         now = time.perf_counter()
         counts: dict[str, float] = dict(zip(self.COUNTS, values[-len(self.COUNTS) :]))
-        self.bad_samples += int(counts["bad_samples"])
         record = {
             "step": step,
             "epoch": epoch,
@@ -164,7 +165,6 @@ class Meters:
             **fields,
             **self._speeds(counts, now - self._window_started, world_size),
             "memory_gib": memory_gib(self._device),
-            "bad_samples": self.bad_samples,
             "skipped_steps": self.skipped_steps,
             "seconds": now - self._started,
         }
@@ -177,7 +177,7 @@ class Meters:
             "tokens_per_second": counts["tokens"] / seconds,
             "samples_per_second": counts["samples"] / seconds,
             "supervised_share": counts["supervised"] / max(counts["tokens"], 1),
-            "fill": counts["tokens"] / max(counts["capacity"], 1),
+            "fill": self._fill / max(self._steps, 1),
             "mfu": counts["flops"] / (self.peak * world_size * seconds) if self.peak else None,
             "data_wait_share": counts["data_seconds"] / (world_size * seconds),
             "seconds_per_step": seconds / max(self._steps, 1),

@@ -129,7 +129,6 @@ def _begin(training: Training, planner: Planner, tables: Tables, parent) -> str:
     planner.restore(state["planner"])
     training.step = state["step"]
     training.good, training.bad = state["good"], state["bad"]
-    training.meters.bad_samples = state["bad"]
     training.meters.skipped_steps = state["skipped_steps"]
     training.skipped_in_a_row = state["skipped_in_a_row"]
     if training.engine.is_main:

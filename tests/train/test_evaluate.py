@@ -40,18 +40,17 @@ def test_evaluating_changes_nothing_of_the_training(tmp_path, text_shards):
 def test_sources_for_evaluation_only_and_weighted_sources_are_reported_by_name(
     tmp_path, mixed_shards, text_shards, picture_shards
 ):
-    words = (
-        *WORDS,
-        f"+data.sources.mixed.path={mixed_shards}",
-        f"data.path={text_shards}",
-        "data.sources.folder.weight=1.0",
-        "+data.sources.mixed.weight=3.0",
-        f"+data.held_out.pictures.path={picture_shards}",
-        "train.steps=8",
+    mine = tmp_path / "configs" / "data" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text(
+        "# @package data\n"
+        f"sources: {{texts: {{path: {text_shards}, weight: 1}}, mixed: {{path: {mixed_shards}, weight: 3}}}}\n"
+        f"held_out: {{pictures: {{path: {picture_shards}}}}}\n"
     )
+    words = (*WORDS, f"--config-dir={tmp_path}/configs", "data=mine", "train.steps=8")
     run = launch(tmp_path / "run", *words)
     last = run.records[-1]
-    assert set(last["loss_by_source"]) == {"folder", "mixed"} and set(last["held_out"]["loss_by_source"]) == {
+    assert set(last["loss_by_source"]) == {"texts", "mixed"} and set(last["held_out"]["loss_by_source"]) == {
         "pictures"
     }
-    assert last["drawn"]["mixed"] > last["drawn"]["folder"] > 0
+    assert last["drawn"]["mixed"] > last["drawn"]["texts"] > 0

@@ -34,7 +34,7 @@ def test_a_run_names_the_samples_and_stops_after_too_many_skipped_steps(tmp_path
         *SMALL,
         f"data.path={text_shards}",
         "train.packs_per_step=2",
-        "optim.lr=1e38",
+        "optim.lr=1e36",
         "optim.warmup=0.0",
     )
     run = launch(tmp_path / "run", *words, "train.steps=20", "train.max_skipped_steps=3", code=None)
