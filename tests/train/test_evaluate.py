@@ -44,10 +44,12 @@ def test_sources_for_evaluation_only_and_weighted_sources_are_reported_by_name(
     mine.parent.mkdir(parents=True)
     mine.write_text(
         "# @package data\n"
-        f"sources: {{texts: {{path: {text_shards}, weight: 1}}, mixed: {{path: {mixed_shards}, weight: 3}}}}\n"
+        "sources:\n"
+        f"  texts: {{path: {text_shards}, weight: 1}}\n"
+        f"  mixed: {{path: {mixed_shards}, weight: 3}}\n"
         f"held_out: {{pictures: {{path: {picture_shards}}}}}\n"
     )
-    words = (*WORDS, f"--config-dir={tmp_path}/configs", "data=mine", "train.steps=8")
+    words = (*WORDS, "data=mine", "train.steps=8", f"--config-dir={tmp_path}/configs")
     run = launch(tmp_path / "run", *words)
     last = run.records[-1]
     assert set(last["loss_by_source"]) == {"texts", "mixed"} and set(last["held_out"]["loss_by_source"]) == {
