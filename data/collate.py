@@ -132,7 +132,6 @@ class _Rows:
             audio=_audio(sorted(self.clips, key=lambda item: item.mel.shape[1]), media),
             samples=self.samples,
             dropped=self.dropped,
-            segments=self.segments,
         )
 
 

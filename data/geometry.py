@@ -164,11 +164,6 @@ def slice_image(width: int, height: int, geometry: ImageGeometry) -> Slicing:
     return slicing
 
 
-def image_tokens(slicing: Slicing, geometry: ImageGeometry) -> int:
-    """Returns the tokens that a picture fills in the language model, without start and end marks."""
-    return slicing.num_slices * geometry.queries
-
-
 @lru_cache(maxsize=4096)
 def position_ids(rows: int, columns: int, table_side: int) -> np.ndarray:
     """Returns ids into a `table_side`^2 position table for a slice of `rows` x `columns` patches.

@@ -229,8 +229,6 @@ class Batch:
     audio: AudioBatch
     samples: list[SampleInfo]
     dropped: list[Dropped]
-    segments: list[int]
-    """Length of every segment, padding included: for exact FLOPs."""
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch with every tensor on `device`, copied without blocking."""

@@ -73,26 +73,6 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def write_shards(
-    samples: Iterable[Sample | Quarantined],
-    out: str,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-    bytes_per_shard: int = BYTES_PER_SHARD,
-) -> list[str]:
-    """Writes samples as shards into a new folder, whole or not at all; returns the paths of the tars.
-
-    Raises:
-        ValueError: `out` already holds something.
-        RuntimeError: the disk is full.
-    """
-    with whole_folder(out) as folder:
-        names = [
-            os.path.basename(path)
-            for path in fill_folder(samples, folder, samples_per_shard, bytes_per_shard)
-        ]
-    return [os.path.join(out, name) for name in names]
-
-
 def fill_folder(
     samples: Iterable[Sample | Quarantined],
     folder: str,

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.shards import fill_folder, whole_folder
+
 WORDS = [
     "red",
     "green",
@@ -83,3 +85,10 @@ def prepare(records: Path, out: Path, *words: str) -> Path:
 
     assert main([str(records), "--format", "megrez", "--out", str(out), "--workers", "1", *words]) == 0
     return out
+
+
+def write_shards(samples, out, **sizes) -> list[str]:
+    """Writes samples as shards into a new folder, as `data.prepare` does; returns the paths of the tars."""
+    with whole_folder(str(out)) as folder:
+        names = [Path(path).name for path in fill_folder(samples, folder, **sizes)]
+    return [str(Path(out) / name) for name in names]

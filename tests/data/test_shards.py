@@ -20,7 +20,8 @@ from data.index import main as index
 from data.layouts import Quarantined, native_members, parse_members
 from data.sample import Message, Part, Sample, SampleError
 from data.scan import index_shards
-from data.shards import ShardReader, whole_folder, write_shards
+from data.shards import ShardReader, whole_folder
+from tests.records import write_shards
 
 
 def text_sample(key: str, text: str = "hello") -> Sample:
@@ -227,14 +228,15 @@ def test_full_disk_is_a_clear_error_and_leaves_nothing_behind(tmp_path):
 KILLED = """
 import sys, time
 from data.sample import Message, Part, Sample
-from data.shards import write_shards
+from data.shards import fill_folder, whole_folder
 def samples():
     for number in range(10**6):
         yield Sample(f"k{number}", [Message("document", [Part("text", "x" * 100)])])
         if number == 50:
             print("writing", flush=True)
             time.sleep(60)
-write_shards(samples(), sys.argv[1], samples_per_shard=10)
+with whole_folder(sys.argv[1]) as folder:
+    fill_folder(samples(), folder, samples_per_shard=10)
 """
 
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from data.index import main as index
 from data.sample import Message, Part, Sample
-from data.shards import write_shards
 from data.show import main
+from tests.records import write_shards
 
 
 @pytest.fixture(scope="module")

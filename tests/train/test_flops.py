@@ -171,7 +171,9 @@ def test_every_module_has_the_counted_flops_in_every_stage(stage):
     tuned = STAGES.get(stage, FROZEN)
     batch, model = full_row(), build_model(TINY, MEDIA, seed=0)
     model.set_tuned(tuned)
-    work = dataclasses.replace(work_of(batch, MEDIA), pairs=sum(s * s for s in batch.segments))
+    work = dataclasses.replace(
+        work_of(batch, MEDIA), pairs=sum(s * s for s in batch.cu_seqlens.diff().tolist())
+    )
     parts = training_flops(work, TINY, MEDIA, tuned)
 
     def step(forward):

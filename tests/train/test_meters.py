@@ -38,7 +38,6 @@ def batch_of(
         audio=audio,
         samples=list(samples),
         dropped=[Dropped("coco", "0.tar", str(i), "image_corrupt", "") for i in range(bad)],
-        segments=[length],
     )
 
 
