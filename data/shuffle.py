@@ -25,7 +25,8 @@ def shuffled_windows(
         chosen = order[first : first + shuffle_shards]
         size = int((stops[chosen] - starts[chosen]).sum())
         if position < size:
-            rows = np.concatenate([np.arange(starts[place], stops[place]) for place in chosen])
+            bounds = zip(starts[chosen].tolist(), stops[chosen].tolist())
+            rows = np.concatenate([np.arange(start, stop) for start, stop in bounds])
             yield rows[permutation(size, f"{seed} {epoch} {number} {name}")][position:]
         position = max(0, position - size)
 
