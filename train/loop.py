@@ -15,6 +15,7 @@ from data.ledger import Ledger
 from data.loader import Loader, StepBatches
 from data.sample import Batch
 from train.checkpoint import save_checkpoint
+from train.compose import to_yaml
 from train.config import RunConfig
 from train.engine import Engine, StepResult
 from train.flops import training_flops, work_of
@@ -22,6 +23,7 @@ from train.folder import RunFolder
 from train.meters import Meters
 from train.schedule import lr_factor
 from train.sinks import Sink
+from train.stage import versions
 
 Evaluate = Callable[[], "dict[str, Any] | None"]
 
@@ -220,6 +222,8 @@ def _save(run: Training, work: StepBatches) -> Path:
         "bad": run.bad,
         "skipped_steps": run.meters.skipped_steps,
         "skipped_in_a_row": run.skipped_in_a_row,
+        "config": to_yaml(run.config),
+        "versions": versions(),
     }
     with run.meters.paused():
         checkpoint = save_checkpoint(

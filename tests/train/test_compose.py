@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from train.compose import register, reword, to_run_config, to_yaml
@@ -62,6 +63,15 @@ def test_the_command_line_wins_over_model_and_recipe():
         "recipe=omni_sft", "model=tiny", "optim.lr=1e-4", "tune_llm=false", "data.pack.length=512"
     )
     assert config.optim.lr == 1e-4 and not config.tune_llm and config.data.pack.length == 512
+
+
+def test_a_recipe_can_start_from_another():
+    register()
+    mine = {"defaults": ["omni_sft", "_self_"], "stage": "mine", "optim": {"lr": 5e-6}, "tune_llm": False}
+    ConfigStore.instance().store(name="mine", group="recipe", node=OmegaConf.create(mine), package="_global_")
+    config = config_of("recipe=mine")
+    assert (config.stage, config.run, config.optim.lr) == ("mine", "runs/mine", 5e-6)
+    assert not config.tune_llm and config.tune_audio_proj
 
 
 def test_a_model_size_sets_what_suits_it():

@@ -60,6 +60,23 @@ def test_one_process_of_zero_equals_plain_training(runs, plain):
     same(alone.grad_norms, plain.grad_norms)
 
 
+def test_activation_checkpointing_changes_nothing(tmp_path, mixed_shards, plain):
+    every = [f"model.recompute.{module}=true" for module in ("llm", "vision_encoder", "audio_encoder")]
+    words = (*SMALL, *STEPS, *every, f"data.path={mixed_shards}", "zero=zero3")
+    recomputed = launch(tmp_path / "run", *words, processes=2)
+    same(recomputed.losses, plain.losses)
+    same(recomputed.grad_norms, plain.grad_norms)
+
+
+def test_a_loss_weighted_by_sample_does_not_depend_on_ranks(tmp_path, mixed_shards, plain):
+    words = (*SMALL, *STEPS, f"data.path={mixed_shards}", "train.loss=sqrt")
+    alone = launch(tmp_path / "alone", *words, "train.micro_batch_packs=4")
+    spread = launch(tmp_path / "spread", *words, "zero=zero2", processes=2)
+    same(spread.losses, alone.losses)
+    same(spread.grad_norms, alone.grad_norms)
+    assert alone.losses != plain.losses
+
+
 def test_bf16_stays_near_fp32_on_every_backend(runs, plain):
     for zero, processes in (("none", 1), ("zero2", 2)):
         same(runs(zero, processes, 1, "bf16").losses, plain.losses, tolerance=2e-2)
