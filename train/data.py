@@ -34,11 +34,15 @@ def build_encoder(config: RunConfig) -> Encoder:
 
 
 def load_tables(config: RunConfig, engine: Engine, encoder: Encoder, split: Split) -> Tables:
-    """Returns the samples of one split. Token counts are computed once, by the main rank of a node."""
+    """Returns the samples of one split. Token counts are computed once, by the main rank, and cached.
+
+    Raises:
+        ValueError: the data cannot be used, or ranks do not see the same (another copy on another node).
+    """
     cost = sample_cost(config.model, config.media, config.tuned)
 
-    def build() -> Tables:
-        return build_tables(
+    with engine.main_first():
+        tables = build_tables(
             config.data,
             config.media,
             encoder,
@@ -46,13 +50,14 @@ def load_tables(config: RunConfig, engine: Engine, encoder: Encoder, split: Spli
             cost=cost,
             takes=lambda modality: split == "held_out" or trains_anything(modality, config.tuned),
         )
-
-    if engine.accelerator.is_local_main_process:
-        tables = build()
-        engine.barrier()
-        return tables
-    engine.barrier()  # the counts are cached by now
-    return build()
+    prints = engine.gather_objects(tables.fingerprint)
+    others = [rank for rank, fingerprint in enumerate(prints) if fingerprint != prints[0]]
+    if others:
+        raise ValueError(
+            f"data.sources: ranks {', '.join(map(str, others))} see other data than rank 0, so their plans "
+            "would differ. Give every machine the same shards and indexes."
+        )
+    return tables
 
 
 def build_planner(config: RunConfig, tables: Tables, *, epochs: float | None) -> Planner:

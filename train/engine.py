@@ -17,6 +17,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,8 @@ from train.fragments import (
     whole_fragments,
 )
 from train.optim import build_optimizer, group_module
+
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(slots=True)
@@ -54,8 +58,12 @@ class Engine(ABC):
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
-        on_device = self.world_size > 1 and dist.get_backend() != "gloo"
-        self._host_group = dist.new_group(backend="gloo") if on_device else None
+        several = self.world_size > 1
+        # Small sums go through host memory, so that no device is waited for.
+        on_device = several and dist.get_backend() != "gloo"
+        self._host_group: Any = dist.new_group(backend="gloo") if on_device else None
+        # Counting the tokens of a large data set may take longer than any collective should.
+        self._patient_group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
 
@@ -126,6 +134,15 @@ class Engine(ABC):
         values: list = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Lets the main rank run the block before all others, however long it takes."""
+        if self.world_size > 1 and not self.is_main:
+            dist.barrier(group=self._patient_group)
+        yield
+        if self.world_size > 1 and self.is_main:
+            dist.barrier(group=self._patient_group)
 
     def barrier(self) -> None:
         """Waits for every rank."""

@@ -29,16 +29,19 @@ class HeldOut:
         self.encoder = encoder
 
     def __call__(self) -> dict[str, Any] | None:
-        """Returns loss, loss_by_source and loss_by_modality; None without held-out samples."""
+        """Returns losses, by source and modality too, and how many samples; None without held-out ones."""
         if not self.tables.tables:
             return None
         planner: Planner = build_planner(self.config, self.tables, epochs=1.0)
         loader: Loader = build_loader(self.config, self.engine, self.tables, self.encoder, planner)
         steps = max(1, self.config.eval.max_packs // self.config.train.packs_per_step)
         meter = LossMeter([table.name for table in self.tables.tables], self.engine.device)
+        good = bad = 0
         self.engine.model.eval()
         with torch.no_grad():
             for work in loader:
+                good += sum(len(batch.samples) for batch in work.batches)
+                bad += sum(len(batch.dropped) for batch in work.batches)
                 for on_host in work.batches:
                     batch = on_host.to(self.engine.device)
                     meter.add(batch, self.engine.forward(batch)[1])
@@ -46,4 +49,6 @@ class HeldOut:
                     break
         loader.close()
         self.engine.model.train()
-        return meter.read(self.engine.all_reduce(meter.sums).tolist())
+        found = meter.read(self.engine.all_reduce(meter.sums).tolist())
+        good, bad = map(int, self.engine.sum_over_ranks([good, bad]))
+        return {**found, "samples": good, "bad_samples": bad}

@@ -13,7 +13,7 @@ import torch
 
 from data.ledger import Ledger
 from data.loader import Loader, StepBatches
-from data.sample import Batch
+from data.sample import Batch, Dropped
 from train.checkpoint import save_checkpoint
 from train.compose import to_yaml
 from train.config import RunConfig
@@ -54,6 +54,7 @@ class Training:
     folder: RunFolder
     evaluate: Evaluate
     total_steps: int
+    quarantined: list[Dropped] = field(default_factory=list)
     step: int = 0
     skipped_in_a_row: int = 0
     saved_step: int = -1
@@ -213,7 +214,7 @@ def _log(run: Training, work: StepBatches, result: StepResult | None, *, evaluat
 
 
 def _save(run: Training, work: StepBatches) -> Path:
-    ledger = Ledger.merge(run.engine.gather_objects(run.ledger.state()))
+    ledger = write_ledger(run)
     state = {
         "step": run.step,
         "planner": work.planner_state,
@@ -226,12 +227,19 @@ def _save(run: Training, work: StepBatches) -> Path:
         "versions": versions(),
     }
     with run.meters.paused():
-        checkpoint = save_checkpoint(
+        return save_checkpoint(
             run.engine, run.folder.checkpoints, run.step, state, run.config.checkpoint.keep
         )
+
+
+def write_ledger(run: Training) -> Ledger:
+    """Writes what all ranks dropped so far and what was left out before the run; returns it."""
+    merged = Ledger.merge(run.engine.gather_objects(run.ledger.state()))
+    for dropped in run.quarantined:
+        merged.add(dropped, step=0)
     if run.engine.is_main:
-        ledger.write(run.folder.ledger)
-    return checkpoint
+        merged.write(run.folder.ledger)
+    return merged
 
 
 def _check_stop_rules(run: Training, totals: Totals) -> None:
@@ -242,7 +250,11 @@ def _check_stop_rules(run: Training, totals: Totals) -> None:
             f"step {run.step}: {run.skipped_in_a_row} steps in a row had a loss or gradient that is not "
             f"finite (train.max_skipped_steps). See {run.folder.skipped}; lower optim.lr or mend the data."
         )
-    run.ledger.check(run.config.data.max_bad_share, good=run.good, bad=run.bad)
+    try:
+        run.ledger.check(run.config.data.max_bad_share, good=run.good, bad=run.bad)
+    except ValueError:  # on all ranks alike, since the sums are those of all
+        write_ledger(run)
+        raise
 
 
 def _listen_for_sigterm(run: Training) -> None:

@@ -22,7 +22,7 @@ from train.engine import Engine, build_engine, start_engine
 from train.evaluate import HeldOut
 from train.flops import peak_flops
 from train.folder import RunFolder
-from train.loop import Preempted, Training, train
+from train.loop import Preempted, Training, train, write_ledger
 from train.meters import Meters
 from train.model.omni import build_model
 from train.sinks import SinkRun, build_sinks
@@ -68,8 +68,10 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
         folder=folder,
         evaluate=HeldOut(config, engine, held_out, encoder),
         total_steps=total_steps,
+        quarantined=tables.quarantined + held_out.quarantined,
     )
-    beginning = _begin(training, planner, tables, parent)
+    beginning = _begin(training, planner, parent)
+    write_ledger(training)
     if engine.is_main:
         lines = describe_run(config, engine, total_steps, sizes)
         lines += describe_data("train", tables) + describe_data("held out", held_out)
@@ -112,13 +114,10 @@ def _peak(config: RunConfig, engine: Engine) -> float | None:
     return peak_flops(torch.cuda.get_device_name(engine.device))
 
 
-def _begin(training: Training, planner: Planner, tables: Tables, parent) -> str:
+def _begin(training: Training, planner: Planner, parent) -> str:
     """Restores the newest checkpoint, or the parent's weights, or nothing; returns which in words."""
     newest = newest_checkpoint(training.folder.checkpoints)
     if newest is None:
-        if training.engine.is_main:
-            for dropped in tables.quarantined:
-                training.ledger.add(dropped, step=0)
         if parent is None:
             return "RANDOM WEIGHTS: neither init_from nor a checkpoint was given, so nothing is known yet."
         copy_weights(training.engine, parent[0])

@@ -67,6 +67,7 @@ def test_bad_samples_are_in_the_runs_ledger_and_too_many_stop_it(tmp_path):
     assert run.records[-1]["bad_samples"] == len(ledger) and run.stage["samples"]["good"] == 0
     strict = launch(tmp_path / "strict", *words, "data.max_bad_share=0.0", "train.steps=2", code=2)
     assert "data.max_bad_share=0.0:" in strict.output and "Mend the data" in strict.output
+    assert "image_corrupt" in (strict.folder / "ledger.jsonl").read_text()
 
 
 @pytest.fixture

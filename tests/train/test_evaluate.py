@@ -13,7 +13,8 @@ def test_held_out_loss_is_logged_when_due_and_does_not_depend_on_ranks(tmp_path,
     assert [record["step"] for record in alone.records] == [1, 2, 4]
     assert "held_out" not in alone.records[0]
     first, last = (record["held_out"] for record in alone.records[1:])
-    assert set(first) == {"loss", "loss_by_source", "loss_by_modality"}
+    assert set(first) == {"loss", "loss_by_source", "loss_by_modality", "samples", "bad_samples"}
+    assert first["samples"] > 5 and first["bad_samples"] == 0
     assert last["loss"] < first["loss"]
     assert alone.stage["metrics"]["held_out"] == last
     spread = launch(tmp_path / "spread", *words, "zero=zero3", processes=2)
