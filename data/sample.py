@@ -236,15 +236,13 @@ class Batch:
 
 
 def move(item, device):
-    """Returns a copy of a batch dataclass with its tensors on `device`."""
+    """Returns a copy of a batch dataclass with its tensors, and those of its parts, on `device`."""
     values = {}
     for entry in dataclasses.fields(item):
         value = getattr(item, entry.name)
-        if hasattr(value, "to"):
-            value = (
-                move(value, device)
-                if dataclasses.is_dataclass(value)
-                else value.to(device, non_blocking=True)
-            )
+        if dataclasses.is_dataclass(value):
+            value = move(value, device)
+        elif hasattr(value, "to"):
+            value = value.to(device, non_blocking=True)
         values[entry.name] = value
     return type(item)(**values)

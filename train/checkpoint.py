@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from train.engine import Engine
 from train.fragments import MOMENTS, Fragment
+from train.weights import save_tensors, sync
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -40,7 +40,8 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
     failed = ""
     if engine.is_main:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for stale in folder.glob(".partial-*"):
+                shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir(parents=True)
         except OSError as error:
             failed = _explain(error)
@@ -87,13 +88,7 @@ def _write_rank_file(engine: Engine, path: Path) -> dict[str, tuple[int, ...]]:
     tensors["rng/cpu/0"] = torch.get_rng_state()
     if engine.device.type == "cuda":
         tensors["rng/cuda/0"] = torch.cuda.get_rng_state(engine.device)
-    try:
-        save_file(tensors, str(path))
-    except Exception as error:  # safetensors has its own error type for a full disk
-        if isinstance(error, OSError):
-            raise
-        raise OSError(None, str(error), str(path)) from error
-    _sync(path)
+    save_tensors(tensors, path)
     return shapes
 
 
@@ -108,7 +103,7 @@ def _complete(engine: Engine, partial: Path, final: Path, step: int, state: dict
         shapes.update(report[2])
     try:
         (partial / "state.json").write_text(json.dumps(state))
-        _sync(partial / "state.json")
+        sync(partial / "state.json")
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         manifest = {
             "version": VERSION,
@@ -120,22 +115,14 @@ def _complete(engine: Engine, partial: Path, final: Path, step: int, state: dict
             "shapes": shapes,
         }
         (partial / MANIFEST).write_text(json.dumps(manifest))
-        _sync(partial / MANIFEST)
+        sync(partial / MANIFEST)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-        _sync(final.parent)
+        sync(final.parent)
     except OSError as error:
         return _explain(error)
     return ""
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -8,6 +8,7 @@ the tree and collects them, so that a person sees all of them at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -94,19 +95,19 @@ class ModuleLR:
         return [
             f"{name}={value}: must be above 0. Freeze the module with tune_{name}=false instead."
             for name in MODULES
-            if (value := getattr(self, name)) is not None and value <= 0
+            if (value := getattr(self, name)) is not None and not _positive(value)
         ]
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its schedule. `warmup` and `decay` are shares of all steps; `decay` is for wsd."""
+    """AdamW and its schedule. `warmup` and `decay` are shares of all steps; `decay` is for wsd (0.1)."""
 
     lr: float = 1e-5
     module_lr: ModuleLR = field(default_factory=ModuleLR)
     schedule: Schedule = Schedule.cosine
     warmup: float = 0.03
-    decay: float = 0.1
+    decay: float | None = None
     min_factor: float = 0.0
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -114,21 +115,30 @@ class OptimConfig:
     eps: float = 1e-8
     clip: float = 1.0
 
+    @property
+    def decay_share(self) -> float:
+        """Share of all steps in which a wsd schedule falls."""
+        return 0.1 if self.decay is None else self.decay
+
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
         found = []
-        if self.lr <= 0:
+        if not _positive(self.lr):
             found.append(f"lr={self.lr}: must be above 0. Use 1e-5 for omni_sft, 1e-3 for a connector.")
         for name, low, high in (("warmup", 0, 1), ("min_factor", 0, 1), ("beta1", 0, 1), ("beta2", 0, 1)):
             value = getattr(self, name)
             if not low <= value < high:
                 found.append(f"{name}={value}: must be at least {low} and below {high}.")
-        if self.schedule is Schedule.wsd and not 0 < self.decay <= 1 - self.warmup:
+        if self.schedule is Schedule.wsd and not 0 < self.decay_share <= 1 - self.warmup:
             found.append(f"decay={self.decay}: must be above 0 and fit beside warmup={self.warmup}. Use 0.1.")
-        if self.weight_decay < 0:
+        if self.schedule is not Schedule.wsd and self.decay is not None:
+            found.append(f"decay={self.decay}: is for optim.schedule=wsd only. Remove it, or use wsd.")
+        if self.schedule is Schedule.constant and self.min_factor:
+            found.append(f"min_factor={self.min_factor}: a constant schedule never falls. Set it to 0.0.")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             found.append(f"weight_decay={self.weight_decay}: must not be negative. Use 0.1.")
         for name, good in (("eps", 1e-8), ("clip", 1.0)):
-            if getattr(self, name) <= 0:
+            if not _positive(getattr(self, name)):
                 found.append(f"{name}={getattr(self, name)}: must be above 0. Use {good}.")
         return found
 
@@ -151,7 +161,7 @@ class TrainConfig:
             found.append(f"steps={self.steps}: train.epochs={self.epochs} is set too. Set one of them.")
         for name in ("steps", "epochs", "packs_per_step", "micro_batch_packs", "max_skipped_steps"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not _positive(value):
                 found.append(f"{name}={value}: must be above 0.")
         if not found and self.packs_per_step % self.micro_batch_packs:
             found.append(
@@ -163,7 +173,10 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
-    """Held-out loss: every `every` steps (0: only at the end), over at most `max_packs` packs."""
+    """Held-out loss: every `every` steps (0: only at the end), over at most `max_packs` packs.
+
+    These are handed out in whole steps of `train.packs_per_step`, so at least one step is made.
+    """
 
     every: int = 0
     max_packs: int = 256
@@ -208,7 +221,7 @@ class LogConfig:
         found = []
         if self.every < 1:
             found.append(f"every={self.every}: must be at least 1. Use 10.")
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
+        if self.peak_tflops is not None and not _positive(self.peak_tflops):
             found.append(f"peak_tflops={self.peak_tflops}: must be above 0. Use null.")
         return found
 
@@ -285,6 +298,10 @@ class RunConfig:
         # The language model lies behind every connector, so its activations are kept whenever
         # anything trains; a frozen tower runs without gradients.
         return module == "llm" or self.tuned[module]
+
+
+def _positive(value: float) -> bool:
+    return value > 0 and math.isfinite(value)
 
 
 def all_problems(config: Any, path: str = "") -> list[str]:

@@ -62,7 +62,7 @@ class Engine(ABC):
         # Small sums go through host memory, so that no device is waited for.
         on_device = several and dist.get_backend() != "gloo"
         self._host_group: Any = dist.new_group(backend="gloo") if on_device else None
-        # Counting the tokens of a large data set may take longer than any collective should.
+        # Counting tokens, saving and merging weights may take longer than any collective should.
         self._patient_group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
@@ -132,7 +132,7 @@ class Engine(ABC):
         if self.world_size == 1:
             return [value]
         values: list = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._patient_group)
         return values
 
     @contextlib.contextmanager
@@ -147,7 +147,7 @@ class Engine(ABC):
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self._patient_group)
 
     def close(self) -> None:
         """Leaves the process group after every rank has come here."""
@@ -274,7 +274,8 @@ class DeepSpeedEngine(Engine):
         result = self._groups_to_modules(self._group_norms())
         result.applied = bool(self.ds.was_step_applied())
         if not result.applied:
-            result.grad_norm = math.inf
+            # DeepSpeed's norms are placeholders then.
+            return StepResult(applied=False, grad_norm=math.inf, module_norms={})
         return result
 
     def _group_norms(self) -> list[float]:
@@ -408,7 +409,7 @@ def _plugin(config: RunConfig, world_size: int):
         "train_micro_batch_size_per_gpu": config.train.micro_batch_packs,
         "gradient_accumulation_steps": accumulation(config, world_size),
         "gradient_clipping": config.optim.clip,
-        "bf16": {"enabled": config.precision is Precision.bf16},
+        "bf16": {"enabled": config.precision is Precision.bf16, "check_grad_overflow": True},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

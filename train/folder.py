@@ -15,6 +15,8 @@ FREE = (
     "resume",
     "zero",
     "train.micro_batch_packs",
+    "train.max_skipped_steps",
+    "data.max_bad_share",
     "data.workers",
     "data.prefetch",
     "data.timeout_seconds",
@@ -24,7 +26,7 @@ FREE = (
     "log",
     "model.recompute",
 )
-"""What may change when a run goes on: it alters where and how fast, never which numbers."""
+"""What may change when a run goes on: where, how fast and how patiently, not what is computed."""
 
 
 class RunFolder:

@@ -39,7 +39,6 @@ class Totals:
     weight: float
     good: int
     bad: int
-    asked_to_stop: bool
 
 
 @dataclass(slots=True)
@@ -57,7 +56,6 @@ class Training:
     quarantined: list[Dropped] = field(default_factory=list)
     step: int = 0
     skipped_in_a_row: int = 0
-    saved_step: int = -1
     good: int = 0
     bad: int = 0
     sinks: list[Sink] = field(default_factory=list)
@@ -79,12 +77,14 @@ def train(run: Training) -> Path:
         totals = count(run, work)
         result = train_step(run, work, totals)
         run.step = work.step
-        due = Due.at(run, totals)
+        # Asked after the update, so that a SIGTERM costs no further step before the save.
+        stop = run.engine.sum_over_ranks([float(run.stop_asked)])[0] > 0
+        due = Due.at(run, stop)
         if due.log:
             _log(run, work, result, evaluate=due.evaluate)
         if due.save:
             checkpoint = _save(run, work)
-        _check_stop_rules(run, totals)
+        _check_stop_rules(run, stop)
         if run.step == run.total_steps:
             break
     return checkpoint
@@ -104,16 +104,15 @@ def count(run: Training, work: StepBatches) -> Totals:
         sum(float(batch.weights.sum()) for batch in work.batches),
         sum(len(batch.samples) for batch in work.batches),
         sum(len(batch.dropped) for batch in work.batches),
-        float(run.stop_asked),
     ]
-    weight, good, bad, stop = run.engine.sum_over_ranks(mine)
+    weight, good, bad = run.engine.sum_over_ranks(mine)
     run.good += int(good)
     run.bad += int(bad)
     for batch in work.batches:
         run.ledger.add_good(len(batch.samples))
         for dropped in batch.dropped:
             run.ledger.add(dropped, work.step)
-    return Totals(weight, int(good), int(bad), stop > 0)
+    return Totals(weight, int(good), int(bad))
 
 
 def train_step(run: Training, work: StepBatches, totals: Totals) -> StepResult | None:
@@ -174,15 +173,15 @@ class Due:
     save: bool
 
     @classmethod
-    def at(cls, run: Training, totals: Totals) -> Due:
+    def at(cls, run: Training, stop: bool) -> Due:
         """Returns what is due: everything at the end, a save when asked to stop."""
         config, step = run.config, run.step
         last = step == run.total_steps
         evaluate = last or bool(config.eval.every and step % config.eval.every == 0)
         return cls(
-            log=evaluate or totals.asked_to_stop or step == 1 or step % config.log.every == 0,
+            log=evaluate or stop or step == 1 or step % config.log.every == 0,
             evaluate=evaluate,
-            save=last or totals.asked_to_stop or step % config.checkpoint.every == 0,
+            save=last or stop or step % config.checkpoint.every == 0,
         )
 
 
@@ -223,6 +222,7 @@ def _save(run: Training, work: StepBatches) -> Path:
         "bad": run.bad,
         "skipped_steps": run.meters.skipped_steps,
         "skipped_in_a_row": run.skipped_in_a_row,
+        "record": run.last_record,
         "config": to_yaml(run.config),
         "versions": versions(),
     }
@@ -242,8 +242,8 @@ def write_ledger(run: Training) -> Ledger:
     return merged
 
 
-def _check_stop_rules(run: Training, totals: Totals) -> None:
-    if totals.asked_to_stop and run.step < run.total_steps:
+def _check_stop_rules(run: Training, stop: bool) -> None:
+    if stop and run.step < run.total_steps:
         raise Preempted(f"step {run.step}: asked to stop; saved. Start the same command again to go on.")
     if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
         raise RuntimeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import Any
@@ -25,7 +24,7 @@ from train.folder import RunFolder
 from train.loop import Preempted, Training, train, write_ledger
 from train.meters import Meters
 from train.model.omni import build_model
-from train.sinks import SinkRun, build_sinks
+from train.sinks import SinkRun, build_sinks, keep_until
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that was asked to end and saved its state (sysexits' "try again later")."""
@@ -56,6 +55,10 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
     encoder = build_encoder(config)
     tables = load_tables(config, engine, encoder, "train")
     held_out = load_tables(config, engine, encoder, "held_out")
+    if config.eval.every and not held_out.tables:
+        raise ValueError(
+            f"eval.every={config.eval.every}: no sample is held out. Set data.holdout, or eval.every=0."
+        )
     planner = build_planner(config, tables, epochs=_epochs(config))
     total_steps = config.train.steps or planner.num_steps()
     assert total_steps is not None
@@ -87,7 +90,7 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
         sys.exit(EXIT_PREEMPTED)
     if engine.is_main:
         facts = _facts(training, tables, parent, time.time() - started)
-        stage.write_final(config, folder.final, checkpoint, facts)
+        stage.write_final(config, folder.final, checkpoint, parent[0] if parent else None, facts)
     _close(training)
     if accelerator.process_index == 0:
         print(f"Complete: {total_steps} steps. Weights and stage.json are in {folder.final}.")
@@ -130,14 +133,16 @@ def _begin(training: Training, planner: Planner, parent) -> str:
     training.good, training.bad = state["good"], state["bad"]
     training.meters.skipped_steps = state["skipped_steps"]
     training.skipped_in_a_row = state["skipped_in_a_row"]
+    training.last_record = state["record"]
     if training.engine.is_main:
         training.ledger.restore(state["ledger"])
+        if training.folder.skipped.exists():
+            keep_until(training.folder.skipped, training.step)
     return f"Goes on after step {training.step} from {newest}."
 
 
 def _facts(training: Training, tables: Tables, parent, seconds: float) -> dict[str, Any]:
-    # Killed between its last step and here, a run has its last record in the file only.
-    record = training.last_record or json.loads(training.folder.metrics.read_text().splitlines()[-1])
+    record = training.last_record
     kept = ("loss", "loss_by_source", "loss_by_modality", "held_out")
     return {
         "steps": training.total_steps,

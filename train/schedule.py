@@ -24,7 +24,7 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
         progress = _progress(step, warmup_steps, total_steps)
         remaining = (1 + math.cos(math.pi * progress)) / 2
     else:
-        decay_steps = _share(config.decay, total_steps)
+        decay_steps = _share(config.decay_share, total_steps)
         remaining = 1 - _progress(step, total_steps - decay_steps, total_steps)
     return config.min_factor + (1 - config.min_factor) * remaining
 

@@ -14,7 +14,8 @@ from typing import Any
 from train.checkpoint import PieceReader
 from train.compose import to_yaml
 from train.config import RunConfig
-from train.weights import WeightReader, write_weights
+from train.model.omni import module_of
+from train.weights import WeightReader, sync, write_weights
 
 
 def open_parent(config: RunConfig) -> tuple[WeightReader, dict[str, Any]] | None:
@@ -71,11 +72,31 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_final(config: RunConfig, final: Path, checkpoint: Path, facts: dict[str, Any]) -> dict[str, Any]:
+class FrozenFromParent:
+    """A checkpoint's weights, but for frozen modules those of the parent: in bf16 ZeRO holds these
+    rounded, and a module that nobody trained must not change by one bit."""
+
+    def __init__(self, config: RunConfig, checkpoint: PieceReader, parent: WeightReader) -> None:
+        self.shapes = checkpoint.shapes
+        self.names = checkpoint.names
+        self._sources = {
+            name: checkpoint if config.tuned[module_of(name)] else parent for name in checkpoint.shapes
+        }
+
+    def read(self, kind: str, name: str, start: int, stop: int):
+        """Returns elements [start, stop) of a flattened weight."""
+        return self._sources[name].read(kind, name, start, stop)
+
+
+def write_final(
+    config: RunConfig, final: Path, checkpoint: Path, parent: WeightReader | None, facts: dict[str, Any]
+) -> dict[str, Any]:
     """Writes weights and `stage.json` of a finished stage from its last checkpoint (main rank only).
 
     `final` appears whole or not at all.
     """
+    pieces = PieceReader(checkpoint)
+    weights = FrozenFromParent(config, pieces, parent) if parent else pieces
     partial = final.with_name(".final.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -86,11 +107,12 @@ def write_final(config: RunConfig, final: Path, checkpoint: Path, facts: dict[st
         "tuned": [name for name, on in tuned.items() if on],
         "frozen": [name for name, on in tuned.items() if not on],
         "config_digest": config_digest(config),
-        "weights_digest": write_weights(PieceReader(checkpoint), partial),
+        "weights_digest": write_weights(weights, partial),
         "versions": versions(),
         **facts,
     }
     (partial / "config.yaml").write_text(to_yaml(config))
     (partial / "stage.json").write_text(json.dumps(stage, indent=1, ensure_ascii=False))
+    sync(partial / "stage.json")
     os.replace(partial, final)
     return stage

@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file that is on the disk when this returns.
+
+    Raises:
+        OSError: the file system refused, a full disk for example.
+    """
+    try:
+        save_file(tensors, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from error
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_weights(reader, folder: Path) -> str:
@@ -25,11 +48,12 @@ def write_weights(reader, folder: Path) -> str:
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _whole(reader, name) for name in names}
-        save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        save_tensors(tensors, folder / file)
         weight_map |= dict.fromkeys(names, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
+    sync(folder / INDEX)
     return weights_digest(folder)
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -213,3 +215,12 @@ def test_without_the_pool_every_frame_is_a_token():
 def test_a_pack_longer_than_its_row_is_our_own_mistake():
     with pytest.raises(AssertionError, match="longer than its row"):
         collate([[BlankSegment(LENGTH + 1, INFO)]], LENGTH, MEDIA, PAD, "token")
+
+
+def test_every_tensor_of_a_batch_moves_to_the_device():
+    moved = collate([[make_sample(1, slices=1, clips=1, text=5)]], 128, MEDIA, PAD, "token").to("meta")
+    tensors = []
+    for part in (moved, moved.vision, moved.audio):
+        values = [getattr(part, entry.name) for entry in dataclasses.fields(part)]
+        tensors += [value for value in values if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 21 and all(tensor.device.type == "meta" for tensor in tensors)

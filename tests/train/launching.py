@@ -85,11 +85,21 @@ def environment() -> dict[str, str]:
     kept = {
         key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")
     }
-    return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def launch(
-    folder: Path, *words: str, processes: int = 1, code: int | None = 0, timeout: float = 300
+    folder: Path,
+    *words: str,
+    processes: int = 1,
+    code: int | None = 0,
+    timeout: float = 300,
+    env: dict[str, str] | None = None,
 ) -> Finished:
     """Runs `train.py` with `words` until it ends, and checks its exit status unless `code` is None.
 
@@ -98,7 +108,7 @@ def launch(
     done = subprocess.run(
         command(folder, words, processes),
         cwd=ROOT,
-        env=environment(),
+        env=environment() | (env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

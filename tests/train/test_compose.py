@@ -145,6 +145,10 @@ def test_a_missing_path_is_named():
         (["model.llm.kv_heads=7"], "model.llm.kv_heads=7: must divide"),
         (["recipe=vision_align", "model.recompute.vision_encoder=true"], "keeps no activations"),
         (["eval.every=-1"], "eval.every=-1: must not be negative"),
+        (["optim.lr=nan"], "optim.lr=nan: must be above 0"),
+        (["optim.clip=inf"], "optim.clip=inf: must be above 0"),
+        (["optim.decay=0.2"], "optim.decay=0.2: is for optim.schedule=wsd only"),
+        (["optim.schedule=constant", "optim.min_factor=0.1"], "optim.min_factor=0.1: a constant schedule"),
     ],
 )
 def test_a_mistake_is_named_with_its_path(words, line):

@@ -120,6 +120,17 @@ def test_a_stage_starts_from_its_parent_and_refuses_a_wrong_one(tmp_path, pictur
     assert not (tmp_path / "bigger" / "final").exists()
 
 
+def test_a_frozen_module_comes_through_a_bf16_stage_without_changing_by_one_bit(tmp_path, picture_shards):
+    words = (*SMALL, "train.steps=2", "train.packs_per_step=2", "data.tags=[]", f"data.path={picture_shards}")
+    bf16 = (*words, "zero=zero2", "precision=bf16")
+    parent = launch(tmp_path / "align", *bf16, "recipe=vision_align").weights()
+    tune = (*bf16, "recipe=vision_tune", "tune_vision_proj=false", f"init_from={tmp_path}/align")
+    child = launch(tmp_path / "tune", *tune).weights()
+    resampler = [name for name in parent if name.startswith("vision.resampler.")]
+    assert resampler and all(torch.equal(parent[name], child[name]) for name in resampler)
+    assert any(not torch.equal(parent[name], parent[name].bfloat16().float()) for name in resampler)
+
+
 def test_a_damaged_checkpoint_is_refused_with_its_reason(tmp_path, text_shards):
     words = (
         *SMALL,
@@ -146,12 +157,13 @@ def test_old_checkpoints_go_and_a_half_written_one_is_never_taken(tmp_path, text
         "checkpoint.every=1",
         "checkpoint.keep=2",
     )
-    partial = tmp_path / "run" / "checkpoints" / ".partial-step-00000009"
+    partial = tmp_path / "run" / "checkpoints" / ".partial-step-00000009"  # of a save that was killed
     partial.mkdir(parents=True)
     (partial / "manifest.json").write_text("{}")
     run = launch(tmp_path / "run", *words, "train.steps=5")
     kept = sorted(path.name for path in (run.folder / "checkpoints").glob("step-*"))
     assert kept == ["step-00000004", "step-00000005"]
+    assert not partial.exists()
     assert "RANDOM WEIGHTS" in run.output
 
 
