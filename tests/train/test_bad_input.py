@@ -55,11 +55,12 @@ def test_bad_samples_are_in_the_runs_ledger_and_too_many_stop_it(tmp_path):
     records = write_records(tmp_path / "records", ["image"] * 12)
     shards = prepare(records, tmp_path / "shards")
     tar = next(shards.glob("*.tar"))
-    whole = tar.read_bytes()
-    # Wound the pictures themselves, after they were indexed: only a worker can see it.
+    whole, times = tar.read_bytes(), tar.stat()
+    # Wound the pictures themselves, after they were indexed, as a rotting disk does: only a worker can see it.
     wounded = whole.replace(b"\xff\xdb", b"\x00\x00")
     assert wounded != whole and len(wounded) == len(whole)
     tar.write_bytes(wounded)
+    os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))
     words = (*SMALL, f"data.path={shards}", "train.packs_per_step=2")
     run = launch(tmp_path / "run", *words, "data.max_bad_share=1.0", "train.steps=2")
     ledger = (run.folder / "ledger.jsonl").read_text().splitlines()
