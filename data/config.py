@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -33,10 +34,13 @@ class SourceConfig:
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
         found = []
-        if self.weight is not None and self.weight <= 0:
-            found.append(f"weight={self.weight}: must be above 0. Remove the source instead.")
-        if self.epochs <= 0:
-            found.append(f"epochs={self.epochs}: must be above 0. Remove the source instead.")
+        for name, value in (("weight", self.weight), ("epochs", self.epochs)):
+            if value is not None and value <= 0:
+                found.append(f"{name}={value}: must be above 0. Remove the source instead.")
+            elif value is not None and not math.isfinite(value):
+                found.append(f"{name}={value}: must be a finite number. Use 1.")
+        if self.weight is not None and self.epochs != 1.0:
+            found.append(f"epochs={self.epochs}: weight={self.weight} decides already. Set one of them.")
         return found
 
 
@@ -92,12 +96,13 @@ class LimitsConfig:
     audio_seconds: float = 1800.0
     audio_bytes: int = 256 * 2**20
     parts: int = 256
+    text_bytes: int = 2_000_000
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
         return [
             f"{name}={getattr(self, name)}: must be above 0. Use a positive number."
-            for name in ("image_pixels", "image_bytes", "audio_seconds", "audio_bytes", "parts")
+            for name in ("image_pixels", "image_bytes", "audio_seconds", "audio_bytes", "parts", "text_bytes")
             if getattr(self, name) <= 0
         ]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -144,9 +146,8 @@ def _cache_folder(folder: FolderIndex, encoder: Encoder, cache: str | None) -> P
 def _make_folder(place: Path, folder: FolderIndex, where: str) -> None:
     try:
         place.mkdir(parents=True, exist_ok=True)
-        probe = place / f".{os.getpid()}.partial"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=place):
+            pass
     except OSError as error:
         raise ValueError(
             f"{where}.path={folder.path}: token counts cannot be written to {place} "
@@ -160,7 +161,8 @@ def _file(place: Path, folder: FolderIndex, shard: int) -> Path:
 
 def _write(place: Path, folder: FolderIndex, shard: int, counts: ShardCounts) -> None:
     path = _file(place, folder, shard)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Several machines may write here, and containers give all of their processes the same few ids.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     arrays = {field.name: getattr(counts, field.name) for field in fields(counts)}
     with partial.open("wb") as file:
         np.savez(file, index=np.array(folder.shards[shard].fingerprint), **arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,9 @@ from data.sample import Dropped
 
 SAMPLES_PER_FRAME = 320
 """Waveform samples behind a frame of the audio encoder: two log-mel columns of 160."""
+
+_REPEAT = re.compile(r"(?<=^[0-9a-f]{16})-[0-9]+$")
+"""What our keys, hashes of a record, end with when the record comes again: it must share their fate."""
 
 CostFunction = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Work of samples from their tokens, patches and encoder frames."""
@@ -161,6 +165,8 @@ def _select(
         if taken[row]:
             _refuse_oversize(config, choice, index.keys[row], cause, message)
             choice.excluded[cause] += 1
+            if cause == "oversize" and config.pack.oversize is Oversize.drop:
+                continue  # dropped as asked: no bad sample
             quarantined.append(Dropped(choice.name, index.name, index.keys[row], cause, message))
     taken[counts.bad] = False
     for code, modality in enumerate(MODALITIES):
@@ -184,7 +190,8 @@ def _has_tag(index: ShardIndex, wanted: list[str]) -> np.ndarray:
 
 def _is_held_out(index: ShardIndex, share: float) -> np.ndarray:
     """Returns which rows belong to the held-out share: by the key alone, so that it never changes."""
-    digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in index.keys)
+    keys = (_REPEAT.sub("", key) for key in index.keys) if index.format == "native" else index.keys
+    digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.array([int.from_bytes(digest, "big") < share * 2**64 for digest in digests], dtype=bool)
 
 

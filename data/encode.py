@@ -1,7 +1,7 @@
 """From a `Sample` to an `EncodedSample`: slicing, log-mel and chat template in one place.
 
-`Encoder.lay_out` works from sizes alone, for counting; `Encoder.encode` from media bytes, in the
-workers, and asks `lay_out` too, so that they cannot differ.
+`Encoder.lay_out` works from sizes alone, for counting; `Encoder.encode`, in the workers, lays out
+too, and then decodes what is left, which must have the promised sizes: so they cannot differ.
 """
 
 from __future__ import annotations
@@ -82,22 +82,18 @@ class Encoder:
             "media": asdict(self.media),
             "length": self.config.pack.length,
             "oversize": self.config.pack.oversize,
+            "limits": [self.config.limits.parts, self.config.limits.text_bytes],
         }
         text = json.dumps(parts, sort_keys=True, default=lambda choice: choice.value)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def encode(self, sample: Sample, source: str) -> EncodedSample:
-        """Returns the sample as tokens, patches and mel frames.
+    def encode(self, sample: Sample, source: str, sizes: dict[str, MediaSize]) -> EncodedSample:
+        """Returns the sample as tokens, patches and mel frames; what truncation cut is not decoded.
 
         Raises:
-            SampleError: the sample cannot be used.
+            SampleError: the sample cannot be used, or a medium has another size than in `sizes`.
         """
         _check_media(sample, sample.media, self.config.limits.parts)
-        limits = self.config.limits
-        images = {name: decode_image(sample.media[name], limits) for name in _names(sample, "image")}
-        waveforms = {name: decode_audio(sample.media[name], limits) for name in _names(sample, "audio")}
-        sizes = {name: MediaSize("image", *image.size) for name, image in images.items()}
-        sizes |= {name: MediaSize("audio", num_samples=len(wave)) for name, wave in waveforms.items()}
         layout = self.lay_out(sample, sizes)
         encoded = EncodedSample(
             sample.key,
@@ -109,10 +105,11 @@ class Encoder:
             clip_starts=layout.rendered.clip_starts,
         )
         for span in layout.rendered.spans:
+            data, size = sample.media[span.media], sizes[span.media]
             if span.kind == "image":
-                self._add_image(encoded, images[span.media], layout.slicings[span.media])
+                self._add_image(encoded, data, size, layout.slicings[span.media])
             else:
-                self._add_audio(encoded, waveforms[span.media], layout.clips[span.media])
+                self._add_audio(encoded, data, size, layout.clips[span.media])
         return encoded
 
     def lay_out(self, sample: Sample, sizes: dict[str, MediaSize]) -> Layout:
@@ -122,6 +119,7 @@ class Encoder:
             SampleError: the sample cannot be used, or is longer than a row and not to be truncated.
         """
         _check_media(sample, sizes, self.config.limits.parts)
+        _check_text(sample, self.config.limits.text_bytes)
         slicings = {
             name: slice_image(sizes[name].width, sizes[name].height, self.media.image)
             for name in _names(sample, "image")
@@ -152,15 +150,27 @@ class Encoder:
             cause="oversize",
         )
 
-    def _add_image(self, encoded: EncodedSample, image: Image.Image, slicing: Slicing) -> None:
+    def _add_image(self, encoded: EncodedSample, data: bytes, size: MediaSize, slicing: Slicing) -> None:
+        image = decode_image(data, self.config.limits)
+        _check_size(MediaSize("image", *image.size), size)
         encoded.slices += cut_image(image, slicing)
         encoded.grids += slicing.patch_grids
 
-    def _add_audio(self, encoded: EncodedSample, waveform: np.ndarray, clips: list[Clip]) -> None:
+    def _add_audio(self, encoded: EncodedSample, data: bytes, size: MediaSize, clips: list[Clip]) -> None:
+        waveform = decode_audio(data, self.config.limits)
+        _check_size(MediaSize("audio", num_samples=len(waveform)), size)
         for clip in clips:
             window = waveform[clip.start : clip.stop]
             encoded.clips.append(log_mel(window, self.media.audio, clip.mel_frames))
             encoded.clip_tokens.append(clip.tokens)
+
+
+def _check_size(found: MediaSize, promised: MediaSize) -> None:
+    if found != promised:
+        raise SampleError(
+            f"its media changed: {found}, but {promised} was indexed. Index the folder again",
+            cause="length_changed",
+        )
 
 
 def _names(sample: Sample, kind: str) -> list[str]:
@@ -176,6 +186,15 @@ def _check_media(sample: Sample, known, most: int) -> None:
     for name in _names(sample, "image") + _names(sample, "audio"):
         if name not in known:
             raise SampleError(f"media {name!r} is named but not there. Pack it again", cause="media_missing")
+
+
+def _check_text(sample: Sample, most: int) -> None:
+    count = sum(len(part.text.encode()) for message in sample.messages for part in message.parts)
+    if count > most:
+        raise SampleError(
+            f"{count} bytes of text, more than data.limits.text_bytes={most}. Split it",
+            cause="text_too_large",
+        )
 
 
 def cut_image(image: Image.Image, slicing: Slicing) -> list[np.ndarray]:

@@ -242,6 +242,8 @@ def read_record(format: str, record: Any, media: MediaSource) -> list[Message]:
     if not isinstance(record, dict):
         raise _malformed(f"the record is {_kind(record)}, not an object")
     messages = FORMATS[format](record, media)
+    # An empty system turn is common in ShareGPT files and means that there is none.
+    messages = [message for message in messages if message.parts or message.role != "system"]
     check_messages(messages)
     return messages
 

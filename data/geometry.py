@@ -154,7 +154,10 @@ def slice_image(width: int, height: int, geometry: ImageGeometry) -> Slicing:
     if width < 1 or height < 1:
         raise SampleError(f"picture of {width}x{height} pixels is empty", cause="image_empty")
     slicing = _slice_image(width, height, geometry.patch_pixels, geometry.slice_pixels, geometry.max_slices)
-    longest = max(max(grid) for grid in slicing.patch_grids)
+    # The cut rounds sizes down, to nothing for a very wide picture, so its plain ratio counts as well.
+    ratio = max(width, height) / min(width, height)
+    plain = round(geometry.slice_pixels * math.sqrt(ratio) / geometry.patch_pixels)
+    longest = max(plain, *(max(grid) for grid in slicing.patch_grids))
     if longest > geometry.max_side_patches:
         raise SampleError(
             f"picture of {width}x{height} pixels gives a slice of {longest} patches a side, "

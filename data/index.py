@@ -21,11 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.config import LimitsConfig
 from data.layouts import LAYOUTS
 from data.media import SAMPLE_RATE_HZ
+from data.options import add_shared_options, positive, read_limits, read_tags
 from data.sample import MediaSize
-from data.scan import INDEX_SUFFIX, INDEX_VERSION, index_path, index_shards
+from data.scan import INDEX_SUFFIX, INDEX_VERSION, asked, digest_of_ends, index_path, index_shards
 
 UNFINISHED = ".unfinished"
 """File that marks a folder of shards as not whole yet."""
@@ -99,11 +99,6 @@ class ShardIndex:
     def keys(self) -> list[str]:
         """Keys of all rows."""
         return self._table.column("key").to_pylist()
-
-    @cached_property
-    def text_chars(self) -> np.ndarray:
-        """Characters of text. Shapes: int64 [num_rows]."""
-        return self._table.column("text_chars").to_numpy()
 
     @cached_property
     def errors(self) -> dict[int, tuple[str, str]]:
@@ -199,7 +194,7 @@ def list_shards(path: str) -> list[str]:
 
 
 def _read_footer(shard: str) -> dict:
-    """Returns what the index says of its shard, checked against the shard's size."""
+    """Returns what the index says of its shard, checked against the shard's size, time and ends."""
     advice = f"Run `python -m data.index {os.path.dirname(shard) or '.'}`"
     try:
         metadata = pq.read_metadata(index_path(shard))
@@ -214,12 +209,36 @@ def _read_footer(shard: str) -> dict:
         raise ValueError(
             f"{index_path(shard)}: is of index version {footer['version']}, not {INDEX_VERSION}. {advice}."
         )
-    num_bytes = os.path.getsize(shard)
-    if num_bytes != footer["num_bytes"]:
+    status = os.stat(shard)
+    if status.st_size != footer["num_bytes"]:
         raise ValueError(
-            f"{shard}: has {num_bytes} bytes, but {footer['num_bytes']} when it was indexed. {advice}."
+            f"{shard}: has {status.st_size} bytes, but {footer['num_bytes']} when it was indexed. {advice}."
         )
+    # A copy has another time and the same content.
+    if status.st_mtime_ns != footer["mtime_ns"] and digest_of_ends(shard) != footer["ends"]:
+        raise ValueError(f"{shard}: has other content than when it was indexed. {advice}.")
     return {**footer, "num_rows": metadata.num_rows}
+
+
+def _is_current(shard: str, wanted: dict) -> bool:
+    try:
+        footer = _read_footer(shard)
+    except ValueError:
+        return False
+    return {name: footer.get(name) for name in wanted} == wanted
+
+
+def _index(options: argparse.Namespace) -> dict:
+    """Indexes what is not indexed yet; returns the summary of the folder."""
+    limits, tags = read_limits(options.limit), read_tags(options.tags)
+    wanted = asked(options.format, limits, tags)
+    shards = list_shards(options.folder)
+    stale = [shard for shard in shards if options.again or not _is_current(shard, wanted)]
+    if len(stale) < len(shards):
+        kept = len(shards) - len(stale)
+        print(f"{kept} of {len(shards)} shards are indexed already; --again does them anew.", file=sys.stderr)
+    index_shards(stale, options.format, limits, options.workers, tags)
+    return summarize(load_folder(options.folder))
 
 
 def summarize(folder: FolderIndex) -> dict:
@@ -271,12 +290,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", help="folder of .tar shards")
     parser.add_argument("--format", default="native", choices=list(LAYOUTS), help="how members make a sample")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
+    add_shared_options(parser)
+    parser.add_argument("--again", action="store_true", help="also index shards whose index is up to date")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes that decode")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     options = parser.parse_args(arguments)
     try:
-        index_shards(list_shards(options.folder), options.format, LimitsConfig(), options.workers)
-        summary = summarize(load_folder(options.folder))
+        summary = _index(options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -22,7 +22,7 @@ from data.formats import (
 )
 from data.sample import Message, Part, Sample, SampleError
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 AUDIO_ENDINGS = ("wav", "flac", "mp3", "ogg", "opus", "m4a")
 
 ReadMember = Callable[[str], bytes]
@@ -111,6 +111,10 @@ def _to_json(record: dict) -> bytes:
 def _texts(values: object) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise SampleError("tags is not a list of strings", cause="record_malformed")
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(f"a tag is not valid Unicode ({error.reason})", cause="record_malformed") from error
     return tuple(values)
 
 
@@ -135,6 +139,10 @@ def _caption_record(media: MemberMedia, read: ReadMember) -> dict:
 
 def _asr_record(media: MemberMedia, read: ReadMember) -> dict:
     return {**_text_fields(media, read, "text"), "audio": _only(media, AUDIO_ENDINGS, "clip")}
+
+
+def _text_record(media: MemberMedia, read: ReadMember) -> dict:
+    return _text_fields(media, read, "text")
 
 
 def _text_fields(media: MemberMedia, read: ReadMember, name: str) -> dict:
@@ -166,4 +174,5 @@ LAYOUTS: dict[str, Callable[[MemberMedia, ReadMember], dict]] = {
     "openai": _read_json,
     "caption": _caption_record,
     "asr": _asr_record,
+    "text": _text_record,
 }

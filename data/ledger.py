@@ -1,8 +1,8 @@
 """What happened to bad samples: every one by name, counted per source and cause.
 
 The ledger stands beside the planner's state: that one is equal on all ranks, a ledger is what one
-rank saw. `merge` joins the ledgers of all ranks at a save; the merged state is restored on rank 0
-alone, so that sums over ranks stay right.
+rank saw, and its state holds only what was dropped in a step. `merge` joins the ledgers of all ranks
+at a save; the merged state is restored on rank 0 alone, so that sums over ranks stay right.
 """
 
 from __future__ import annotations
@@ -87,8 +87,11 @@ class Ledger:
         )
 
     def state(self) -> dict[str, Any]:
-        """Returns the ledger as JSON values."""
-        return {"good": self.good, "entries": [asdict(entry) for entry in self.entries]}
+        """Returns what was delivered and dropped as JSON values.
+
+        Quarantined samples are left out: there may be very many, and every start finds them again.
+        """
+        return {"good": self.good, "entries": [asdict(entry) for entry in self.entries if entry.step > 0]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Adds the content of `state`, which `state()` or a merge of several returned."""

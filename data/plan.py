@@ -57,14 +57,6 @@ class StepPlan:
     packs: list[Pack]
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """What was really handed out of one source, in packs."""
-
-    samples: int
-    tokens: int
-
-
 class Planner:
     """Hands out the steps of a run, one after the other.
 
@@ -142,14 +134,6 @@ class Planner:
         while rest._next_row():
             num_rows += 1
         return self._step + math.ceil(num_rows / self._packs_per_step)
-
-    @property
-    def drawn(self) -> dict[str, Drawn]:
-        """Samples and tokens of every source that were handed out in packs."""
-        return {
-            table.name: Drawn(samples, tokens)
-            for table, samples, tokens in zip(self._tables, self._samples, self._tokens)
-        }
 
     @property
     def epoch(self) -> float:

@@ -19,6 +19,7 @@ from data.config import LimitsConfig
 from data.formats import FORMATS
 from data.index import FolderIndex, ShardIndex, describe, summarize
 from data.layouts import Quarantined
+from data.options import add_shared_options, positive, read_limits, read_tags
 from data.records import SampleMaker, count_records, find_files, read_records
 from data.sample import Sample
 from data.scan import index_shards
@@ -32,7 +33,7 @@ def prepare(options: argparse.Namespace) -> dict:
         ValueError: there are no records, none is usable, or `out` already holds something.
         RuntimeError: the disk is full, or a decoding process died.
     """
-    limits = LimitsConfig()
+    limits = read_limits(options.limit)
     files = [file for source in options.sources for file in find_files(source, options.format)]
     with whole_folder(options.out) as folder:
         shards = fill_folder(_samples(files, options, limits), folder, options.samples_per_shard)
@@ -48,8 +49,7 @@ def prepare(options: argparse.Namespace) -> dict:
 def _samples(
     files: list[tuple[str, str]], options: argparse.Namespace, limits: LimitsConfig
 ) -> Iterator[Sample | Quarantined]:
-    tags = tuple(tag.strip() for tag in options.tags.split(",") if tag.strip())
-    maker = SampleMaker(options.format, tags, limits)
+    maker = SampleMaker(options.format, read_tags(options.tags), limits)
     total = sum(count_records(path) for path, _ in files) or None
     with tqdm(desc="writing", total=total, unit=" records") as bar:
         for path, name in files:
@@ -72,9 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="what a record looks like")
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--prefix", help="folder that media paths start from (default: that of the file)")
-    parser.add_argument("--tags", default="", help="tags of every sample, such as caption,zh")
-    parser.add_argument("--samples-per-shard", type=_positive, default=SAMPLES_PER_SHARD)
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes that decode")
+    add_shared_options(parser)
+    parser.add_argument("--samples-per-shard", type=positive, default=SAMPLES_PER_SHARD)
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes that decode")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     options = parser.parse_args(arguments)
     try:
@@ -84,13 +84,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(json.dumps(summary) if options.json else describe(summary))
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 if __name__ == "__main__":

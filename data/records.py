@@ -20,14 +20,20 @@ from data.formats import DEFAULT_TAGS, MediaKind, MediaSource, extension_of, rea
 from data.layouts import Quarantined
 from data.sample import Part, Sample, SampleError
 
+NESTED = "the record is nested too deeply"
+
 
 @dataclass(slots=True)
 class Record:
-    """A parsed record, or the raw text of one that could not be parsed, with the reason."""
+    """A parsed record, or the raw text of one that could not be parsed, with the reason.
+
+    `raw` is the line it came from, where it has one of its own.
+    """
 
     value: Any
     origin: str
     problem: str = ""
+    raw: bytes = b""
 
 
 class FolderMedia(MediaSource):
@@ -42,22 +48,40 @@ class FolderMedia(MediaSource):
         """Returns the part of a file, having read it.
 
         Raises:
-            SampleError: it is outside the folder, missing, or too large.
+            SampleError: it is outside the folder, missing, or too large, or there are too many.
         """
+        self._check_count()
         return self.inline(kind, self._read(kind, reference), extension_of(os.path.splitext(reference)[1]))
 
     def inline(self, kind: MediaKind, data: bytes, extension: str) -> Part:
-        """Returns the part for bytes that stand in the record itself."""
+        """Returns the part for bytes that stand in the record itself.
+
+        Raises:
+            SampleError: there are too many.
+        """
+        self._check_count()
         name = f"{len(self.inlined)}.{extension}"
         self.inlined[name] = data
         return Part(kind, media=name)
+
+    def _check_count(self) -> None:
+        if len(self.inlined) >= self.limits.parts:
+            raise SampleError(
+                f"the record names more media than data.limits.parts={self.limits.parts}",
+                cause="too_many_parts",
+            )
 
     def _read(self, kind: MediaKind, reference: str) -> bytes:
         try:
             path = os.path.realpath(os.path.join(self.folder, reference))
             if os.path.commonpath([self.folder, path]) != self.folder:
+                advice = (
+                    "Use --prefix with a folder that holds it"
+                    if os.path.isabs(reference)
+                    else "Copy it there"
+                )
                 raise SampleError(
-                    f"{kind} {reference!r} leads outside {self.folder}. Use --prefix, or move the file",
+                    f"{kind} {reference!r} leads outside {self.folder}. {advice}",
                     cause="path_outside",
                 )
             with open(path, "rb", opener=_open_plainly) as file:
@@ -98,18 +122,24 @@ class SampleMaker:
 
     def make(self, record: Record, folder: str) -> Sample | Quarantined:
         """Returns the sample of a record, or why there is none."""
-        key = self._key(record)
+        problem = record.problem
+        try:
+            content = json.dumps(record.value, sort_keys=True).encode()
+        except RecursionError:
+            content, problem = record.raw or record.origin.encode(), NESTED
+        key = self._key(content)
         media = FolderMedia(folder, self.limits)
         try:
-            if record.problem:
-                raise SampleError(record.problem, cause="record_malformed")
+            if problem:
+                raise SampleError(problem, cause="record_malformed")
             messages = read_record(self.format, record.value, media)
         except SampleError as error:
             return Quarantined(key, error.cause, str(error), record.origin)
+        except RecursionError:
+            return Quarantined(key, "record_malformed", NESTED, record.origin)
         return Sample(key, messages, media.inlined, self.tags, record.origin)
 
-    def _key(self, record: Record) -> str:
-        content = json.dumps(record.value, sort_keys=True).encode()
+    def _key(self, content: bytes) -> str:
         digest = hashlib.blake2b(content, digest_size=8).digest()
         number = int.from_bytes(digest, "big")
         if number not in self._seen:
@@ -190,6 +220,6 @@ def _read_text(path: str, name: str) -> Record:
 
 def _parse(data: bytes, origin: str) -> Record:
     try:
-        return Record(json.loads(data.decode("utf-8-sig")), origin)
+        return Record(json.loads(data.decode("utf-8-sig")), origin, raw=data)
     except (ValueError, RecursionError) as error:
         return Record(data.hex(), origin, f"not valid JSON ({error})")

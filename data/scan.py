@@ -10,11 +10,12 @@ import json
 import os
 import re
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.config import LimitsConfig
-from data.layouts import parse_members
+from data.layouts import ReadMember, parse_members
 from data.media import audio_num_samples, image_size
 from data.sample import Part, Sample, SampleError
 
@@ -35,10 +36,13 @@ MEMBER_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 MESSAGE_CHARS = 500
 ROWS_PER_TASK = 32
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Raised when the columns or their meaning change; other versions must be indexed again."""
 
 INDEX_SUFFIX = ".index.parquet"
+
+END_BYTES = 64 * 2**10
+"""How much of each end of a tar is compared where its time has changed since it was indexed."""
 
 
 def _struct_list(**fields: pa.DataType) -> pa.DataType:
@@ -51,7 +55,6 @@ SCHEMA = pa.schema(
         ("members", _struct_list(name=pa.string(), offset=pa.int64(), size=pa.int64())),
         ("images", _struct_list(name=pa.string(), width=pa.int32(), height=pa.int32())),
         ("audios", _struct_list(name=pa.string(), num_samples=pa.int64())),
-        ("text_chars", pa.int64()),
         ("tags", pa.list_(pa.string())),
         ("cause", pa.string()),
         ("message", pa.string()),
@@ -75,13 +78,13 @@ class Group:
 
 
 class Row(TypedDict):
-    """One row of an index file."""
+    """One row of an index file. `digest` (of the member bytes that were read) is for the fingerprint only."""
 
     key: str
     members: list[dict]
     images: list[dict]
     audios: list[dict]
-    text_chars: int
+    digest: str
     tags: list[str]
     cause: str | None
     message: str | None
@@ -127,60 +130,76 @@ def _collect(tar: tarfile.TarFile, size: int, groups: list[Group]) -> bool:
 
 
 def _add_member(groups: list[Group], member: tarfile.TarInfo) -> None:
-    unsafe = member.name.startswith("/") or ".." in member.name.split("/")
-    split = MEMBER_NAME.fullmatch(member.name)
+    name = _writable(member.name)
+    unsafe = name.startswith("/") or ".." in name.split("/")
+    split = MEMBER_NAME.fullmatch(name)
     if split is None and not unsafe:
         return  # neither webdataset nor anyone else takes a name without an ending for a sample
-    key, part = split.groups() if split else (member.name, "")
+    key, part = split.groups() if split else (name, "")
     part = part.lower()
     if not groups or groups[-1].key != key:
         groups.append(Group(key))
     group = groups[-1]
     if unsafe:
-        group.refuse("member_name", f"member name {member.name[:100]!r} leads outside the shard")
+        group.refuse("member_name", f"member name {name[:100]!r} leads outside the shard")
+    if name != member.name:
+        group.refuse("member_name", f"member name {member.name[:100]!r} is not UTF-8")
     if part in group.members:
         group.refuse("duplicate_member", f"two members are named {member.name[:100]!r}")
     group.members[part] = (member.offset_data, member.size)
 
 
-def measure_rows(path: str, groups: list[Group], layout: str, limits: LimitsConfig) -> list[Row]:
-    """Returns an index row for each group, after decoding all of its media."""
+def _writable(text: str) -> str:
+    """Returns text with escapes for what is not valid Unicode, which no index could hold."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def measure_rows(
+    path: str, groups: list[Group], layout: str, limits: LimitsConfig, tags: tuple[str, ...] = ()
+) -> list[Row]:
+    """Returns an index row for each group, after decoding all of its media; `tags` are added to its own."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return [_measure(descriptor, group, layout, limits) for group in groups]
+        return [_measure(descriptor, group, layout, limits, tags) for group in groups]
     finally:
         os.close(descriptor)
 
 
-def _measure(descriptor: int, group: Group, layout: str, limits: LimitsConfig) -> Row:
+def _measure(descriptor: int, group: Group, layout: str, limits: LimitsConfig, tags: tuple[str, ...]) -> Row:
     members = [{"name": name, "offset": at, "size": size} for name, (at, size) in group.members.items()]
     row = Row(
-        key=group.key, members=members, images=[], audios=[], text_chars=0, tags=[], cause=None, message=None
+        key=group.key, members=members, images=[], audios=[], digest="", tags=[], cause=None, message=None
     )
+    content = hashlib.sha256()
+
+    def read(name: str) -> bytes:
+        offset, size = group.members[name]
+        data = os.pread(descriptor, size, offset)
+        content.update(data)
+        return data
+
     try:
-        _fill(row, descriptor, group, layout, limits)
+        _fill(row, read, group, layout, limits, tags)
     except SampleError as error:
-        row["cause"], row["message"] = error.cause, str(error)[:MESSAGE_CHARS]
+        row["cause"], row["message"] = _writable(error.cause), _writable(str(error))[:MESSAGE_CHARS]
     except OSError:
         raise  # the disk's affair: decoders' errors come as SampleError
     except Exception as error:
         # The sample border: whatever hostile bytes provoke must not end the indexing.
-        row["cause"], row["message"] = "unexpected", f"{type(error).__name__}: {error}"[:MESSAGE_CHARS]
+        message = _writable(f"{type(error).__name__}: {error}")
+        row["cause"], row["message"] = "unexpected", message[:MESSAGE_CHARS]
+    row["digest"] = content.hexdigest()
     return row
 
 
-def _fill(row: Row, descriptor: int, group: Group, layout: str, limits: LimitsConfig) -> None:
+def _fill(
+    row: Row, read: ReadMember, group: Group, layout: str, limits: LimitsConfig, tags: tuple[str, ...]
+) -> None:
     if group.cause:
         raise SampleError(group.message, cause=group.cause)
-
-    def read(name: str) -> bytes:
-        offset, size = group.members[name]
-        return os.pread(descriptor, size, offset)
-
     sample = parse_members(layout, group.key, group.members, read)
-    row["tags"] = list(sample.tags)
+    row["tags"] = list(dict.fromkeys(sample.tags + tags))
     parts = [part for message in sample.messages for part in message.parts]
-    row["text_chars"] = sum(len(part.text) for part in parts)
     media = {part.media: part for part in parts if part.kind != "text"}
     if len(media) > limits.parts:
         raise SampleError(
@@ -208,6 +227,21 @@ def index_path(shard: str) -> str:
     return shard[: -len(".tar")] + INDEX_SUFFIX
 
 
+def digest_of_ends(shard: str) -> str:
+    """Returns a hash of the first and last 64 KiB of a tar."""
+    digest = hashlib.sha256()
+    with open(shard, "rb") as file:
+        digest.update(file.read(END_BYTES))
+        file.seek(max(os.fstat(file.fileno()).st_size - END_BYTES, 0))
+        digest.update(file.read(END_BYTES))
+    return digest.hexdigest()
+
+
+def asked(format: str, limits: LimitsConfig, tags: tuple[str, ...]) -> dict:
+    """Returns the part of an index's footer that says what was asked for."""
+    return {"format": format, "limits": asdict(limits), "tags": list(tags)}
+
+
 Mapper = Callable[[Callable, list], Iterable]
 
 
@@ -217,6 +251,7 @@ def build_index(
     limits: LimitsConfig,
     mapper: Mapper = map,
     progress: Callable[[float], object] = lambda share: None,
+    tags: tuple[str, ...] = (),
 ) -> None:
     """Decodes all of a shard once and writes its index beside it, whole or not at all.
 
@@ -226,26 +261,37 @@ def build_index(
         limits: what one sample may ask.
         mapper: `map`, or that of a process pool.
         progress: called with the share of the shard that was just done.
+        tags: given to every sample, beside its own.
     """
-    before = os.stat(shard)
+    before, ends = os.stat(shard), digest_of_ends(shard)
     groups = scan_shard(shard, limits)
     tasks = [groups[start : start + ROWS_PER_TASK] for start in range(0, len(groups), ROWS_PER_TASK)]
     rows: list[Row] = []
-    for measured in mapper(partial(measure_rows, shard, layout=format, limits=limits), tasks):
+    for measured in mapper(partial(measure_rows, shard, layout=format, limits=limits, tags=tags), tasks):
         rows += measured
         progress(len(measured) / len(groups))
     footer = {
         "version": INDEX_VERSION,
-        "format": format,
+        **asked(format, limits, tags),
         "num_bytes": before.st_size,
         "mtime_ns": before.st_mtime_ns,
+        "ends": ends,
         "fingerprint": _fingerprint(format, rows),
     }
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({"shard": json.dumps(footer)}))
-    unfinished = index_path(shard) + ".part"
+    _write(table, index_path(shard), before.st_mode & 0o666)
+
+
+def _write(table: pa.Table, path: str, mode: int) -> None:
+    # A name of its own, so that two processes that index the same shard do not collide.
+    descriptor, unfinished = tempfile.mkstemp(
+        prefix=f"{os.path.basename(path)}.", suffix=".part", dir=os.path.dirname(path) or "."
+    )
+    os.close(descriptor)
     try:
         pq.write_table(table, unfinished, compression="zstd")
-        os.replace(unfinished, index_path(shard))
+        os.chmod(unfinished, mode)
+        os.replace(unfinished, path)
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
         raise
@@ -259,7 +305,9 @@ def _fingerprint(format: str, rows: list[Row]) -> str:
     return digest.hexdigest()
 
 
-def index_shards(shards: list[str], format: str, limits: LimitsConfig, workers: int) -> None:
+def index_shards(
+    shards: list[str], format: str, limits: LimitsConfig, workers: int, tags: tuple[str, ...] = ()
+) -> None:
     """Builds the index of every shard in `workers` processes, with a progress bar.
 
     Raises:
@@ -273,7 +321,9 @@ def index_shards(shards: list[str], format: str, limits: LimitsConfig, workers: 
         for number, (shard, size) in enumerate(zip(shards, sizes), start=1):
             bar.set_postfix_str(f"shard {number} of {len(shards)}")
             try:
-                build_index(shard, format, limits, mapper, lambda share, size=size: bar.update(share * size))
+                build_index(
+                    shard, format, limits, mapper, lambda share, size=size: bar.update(share * size), tags
+                )
             except BrokenProcessPool as error:
                 raise RuntimeError(
                     f"{shard}: a process died while decoding it, for lack of memory or in a codec. "

@@ -33,16 +33,18 @@ def whole_folder(out: str) -> Iterator[str]:
         ValueError: `out` already holds something, or another process is filling it.
     """
     final, unfinished = Path(out), Path(f"{out.rstrip('/')}.unfinished")
-    if final.exists() and not (final / UNFINISHED).exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ValueError(f"out={out}: already exists. Remove it or choose another folder.")
+    _check_free(final, out)
     unfinished.mkdir(parents=True, exist_ok=True)
     with open(_claim(unfinished), "wb") as mark:
         _lock(mark, out)
         try:
             _clear(unfinished)
             yield str(unfinished)
-            if final.exists():
+            _check_free(final, out)  # again: something may have been put there in the meantime
+            if (final / UNFINISHED).exists():
                 shutil.rmtree(final)
+            elif final.exists():
+                final.rmdir()
             unfinished.rename(final)
             (final / UNFINISHED).unlink()
         except BaseException as error:
@@ -50,6 +52,11 @@ def whole_folder(out: str) -> Iterator[str]:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise RuntimeError(f"out={out}: the disk is full. Free some space and run again.") from error
             raise
+
+
+def _check_free(final: Path, out: str) -> None:
+    if final.exists() and not (final / UNFINISHED).exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(f"out={out}: already exists. Remove it or choose another folder.")
 
 
 def _claim(folder: Path) -> Path:
@@ -142,6 +149,7 @@ class ShardReader:
             return self._read_member(shard, key, *members[name])
 
         sample = parse_members(index.format, key, members, read)
+        sample.tags = index.tags(row)  # its own, and those given when it was indexed
         names = {part.media for message in sample.messages for part in message.parts if part.media}
         inlined = sample.media
         sample.media = {}

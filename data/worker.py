@@ -6,9 +6,12 @@ Workers hold no state that matters: any worker gives the same micro-batch for th
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
+import threading
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -88,7 +91,10 @@ class MicroBatches(Dataset):
         self._readers: dict[str, ShardReader] = {}
 
     def __getitem__(self, item: WorkItem) -> Loaded:
-        """Returns the micro-batch; bad samples become blank segments in their place."""
+        """Returns the micro-batch; bad samples become blank segments in their place.
+
+        What the machine fails at (a disk, a shard that is gone, memory) comes back as `failure`.
+        """
         rows: list[list[EncodedSample | BlankSegment]] = []
         try:
             for place, pack in enumerate(item.packs):
@@ -98,6 +104,11 @@ class MicroBatches(Dataset):
                     rows[-1].append(self._load(ref))
         except OSError as error:
             return Loaded(None, f"{self.name(ref)}: cannot be read ({error}). Check the disk and the mount.")
+        except MemoryError:
+            advice = "Use fewer data.workers, a smaller data.prefetch, or lower data.limits."
+            return Loaded(None, f"{self.name(ref)}: memory ran out at this. {advice}")
+        except SampleError as error:  # `_load` lets through no other than a shard that is gone
+            return Loaded(None, f"{error}.")
         finally:
             self.progress.note(-1)
         return Loaded(collate(rows, **self.collate_options))
@@ -111,8 +122,10 @@ class MicroBatches(Dataset):
         try:
             return self._encode(ref)
         except SampleError as error:
+            if error.cause == "shard_unreadable":
+                raise
             cause, message = error.cause, str(error)
-        except OSError:
+        except (OSError, MemoryError):
             raise
         except Exception as error:
             # The sample border: whatever a decoder throws at hostile bytes must not end the run.
@@ -125,8 +138,9 @@ class MicroBatches(Dataset):
         if ref.source not in self._readers:
             self._readers[ref.source] = ShardReader(self.folders[ref.source], ref.source)
         sample = self._readers[ref.source].read(ref.shard, ref.row, media=True)
+        sizes = self.folders[ref.source].shards[ref.shard].sizes(ref.row)
         try:
-            encoded = self.encoder.encode(sample, ref.source)
+            encoded = self.encoder.encode(sample, ref.source, sizes)
         except OSError as error:
             # Decoders raise it for bad bytes; only reading a shard is the machine's affair.
             raise SampleError(f"cannot be decoded ({error})", cause="unexpected") from error
@@ -140,6 +154,18 @@ class MicroBatches(Dataset):
 
 
 def start_worker(_worker_id: int) -> None:
-    """Makes a worker deaf to SIGINT and SIGTERM: the rank answers them, and still needs its batches."""
+    """Makes a worker deaf to SIGINT and SIGTERM: the rank answers them, and still needs its batches.
+
+    It ends with its rank, even with one that was killed: torch looks for the process it was forked
+    from, which is not the rank but the forkserver.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_rank, name="end-with-rank", daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    rank = multiprocessing.parent_process()
+    assert rank is not None, "a worker is a process of its own"
+    wait([rank.sentinel])
+    os._exit(1)

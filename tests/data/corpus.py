@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import wave
 from pathlib import Path
@@ -92,6 +93,15 @@ def prepare_folder(media_folder, records, out, *, tags="", samples_per_shard=400
     command = [str(path), "--format", "llava", "--out", str(out), "--workers", "1", "--tags", tags]
     assert prepare([*command, "--samples-per-shard", str(samples_per_shard)]) == 0
     return str(out)
+
+
+def overwrite_silently(path, offset, data):
+    """Writes into a file and sets its time back: damage that neither its size nor its time tells."""
+    status = os.stat(path)
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def data_config(*paths, length=512, **options):

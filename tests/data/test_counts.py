@@ -2,6 +2,8 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ import pytest
 from data import count_cache
 from data.config import DataConfig, Oversize, PackConfig, SourceConfig
 from data.count_cache import count_folder, count_shard
+from data.counts import _is_held_out
 from data.encode import Encoder
-from data.index import load_folder
+from data.index import ShardIndex, load_folder
 from data.shards import ShardReader
 from tests.data.corpus import MEDIA, TOKENIZER, data_config, mixed_records, prepare_folder, record, tables_of
 
@@ -45,7 +48,9 @@ def test_counts_equal_what_encoding_gives(cached):
     (table,) = tables_of(cached).tables
     assert len(table) == 39
     for shard, row, length, slices in zip(table.shard, table.row, table.length, table.slices):
-        encoded = encoder.encode(reader.read(int(shard), int(row)), "mixed")
+        encoded = encoder.encode(
+            reader.read(int(shard), int(row)), "mixed", folder.shards[int(shard)].sizes(int(row))
+        )
         assert (len(encoded.input_ids), len(encoded.slices)) == (length, slices)
 
 
@@ -138,6 +143,38 @@ def test_holdout_keeps_its_samples_when_its_share_grows(cached):
     assert small < large
 
 
+def test_repeats_of_a_record_are_all_held_out_or_all_trained_on(tmp_path):
+    path = prepare_folder(tmp_path, [record(number % 10) for number in range(40)], tmp_path / "text")
+    config = data_config(path, holdout=0.5)
+    train, held = (
+        {key.partition("-")[0] for _, key in keys_of(tables_of(config, split))}
+        for split in ("train", "held_out")
+    )
+    assert train and held and not train & held
+
+
+def test_keys_of_others_that_end_in_a_number_are_held_out_one_by_one():
+    index = SimpleNamespace(format="native", keys=[f"photo-{number}" for number in range(100)])
+    assert 20 < _is_held_out(cast(ShardIndex, index), 0.5).sum() < 80
+
+
+def test_counts_are_written_under_a_name_that_no_other_process_uses(cached, monkeypatch):
+    names = []
+    save = np.savez
+
+    def record_name(file, **arrays):
+        names.append(file.name)
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", record_name)
+    folder = load_folder(cached.sources["mixed"].path)
+    for place in ("one", "one"):
+        counts = count_shard(folder, 0, Encoder(cached, MEDIA, TOKENIZER))
+        count_cache._make_folder(Path(cached.cache or "", place), folder, "here")
+        count_cache._write(Path(cached.cache or "", place), folder, 0, counts)
+    assert len(set(names)) == 2
+
+
 def test_holdout_of_tiny_data_may_be_empty(tmp_path):
     path = prepare_folder(tmp_path, [record(n) for n in range(3)], tmp_path / "text")
     tables = tables_of(data_config(path, holdout=1e-9), "held_out")
@@ -176,6 +213,19 @@ def test_sample_with_any_wanted_tag_is_taken(tmp_path):
         tables_of(config)
 
 
+@pytest.mark.parametrize(
+    ("weight", "epochs", "problem"),
+    [
+        (2.0, 3.0, "epochs=3.0: weight=2.0 decides already. Set one of them."),
+        (float("nan"), 1.0, "weight=nan: must be a finite number. Use 1."),
+        (float("inf"), 1.0, "weight=inf: must be a finite number. Use 1."),
+        (None, float("nan"), "epochs=nan: must be a finite number. Use 1."),
+    ],
+)
+def test_share_of_a_source_that_means_nothing_is_a_problem(weight, epochs, problem):
+    assert SourceConfig(path="x", weight=weight, epochs=epochs).problems() == [problem]
+
+
 def test_missing_folder_is_named_by_its_setting(tmp_path):
     path = str(tmp_path / "nowhere")
     with pytest.raises(ValueError) as error:
@@ -200,6 +250,7 @@ def test_oversize_sample_is_an_error_dropped_or_cut_as_asked(tmp_path):
         tables(Oversize.error)
     dropped = tables(Oversize.drop)
     assert (len(dropped.tables[0]), dropped.report["long"]["excluded"]) == (3, {"oversize": 1})
+    assert not dropped.quarantined
     assert np.array_equal(np.sort(tables(Oversize.truncate).tables[0].length)[-1:], [256])
 
 

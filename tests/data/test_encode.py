@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import WhisperFeatureExtractor
 
-from data.config import AudioText, DataConfig, Oversize, PackConfig, TemplateConfig
+from data.config import AudioText, DataConfig, LimitsConfig, Oversize, PackConfig, TemplateConfig
 from data.encode import Encoder, cut_image, patchify
 from data.geometry import AudioGeometry, ImageGeometry, LongAudio, MediaConfig, slice_image
 from data.sample import IGNORE, MediaSize, Message, Part, Sample, SampleError
@@ -82,10 +82,10 @@ def test_counts_from_sizes_are_those_of_the_encoded_sample(sample_and_sizes, len
         counts = coder.lay_out(sample, sizes).counts
     except SampleError as error:
         with pytest.raises(SampleError) as caught:
-            coder.encode(sample, "source")
+            coder.encode(sample, "source", sizes)
         assert caught.value.cause == error.cause == "oversize"
         return
-    encoded = coder.encode(sample, "source")
+    encoded = coder.encode(sample, "source", sizes)
     assert counts.length == len(encoded.input_ids) == len(encoded.labels) <= length
     assert counts.supervised == (encoded.labels[1:] != IGNORE).sum() > 0
     assert counts.slices == len(encoded.slices) == len(encoded.grids) == len(encoded.slice_starts)
@@ -125,7 +125,11 @@ def test_patches_are_row_major_and_channel_major_inside():
 
 def test_a_long_recording_becomes_clips_in_one_span_each_with_its_own_mel():
     data, waveform = wav(40_000)
-    encoded = encoder().encode(Sample("k", question("a.wav"), {"a.wav": data}), "s")
+    encoded = encoder().encode(
+        Sample("k", question("a.wav"), {"a.wav": data}),
+        "s",
+        {"a.wav": MediaSize("audio", num_samples=40_000)},
+    )
     assert encoded.clip_tokens == [25, 25, 12]
     assert np.diff(encoded.clip_starts).tolist() == [27, 27]
     extractor = WhisperFeatureExtractor(feature_size=80)
@@ -136,7 +140,11 @@ def test_a_long_recording_becomes_clips_in_one_span_each_with_its_own_mel():
 
 
 def test_a_picture_used_twice_is_encoded_in_both_places():
-    encoded = encoder().encode(Sample("k", question("a.jpg", "a.jpg"), {"a.jpg": jpeg(40, 40)}), "s")
+    encoded = encoder().encode(
+        Sample("k", question("a.jpg", "a.jpg"), {"a.jpg": jpeg(40, 40)}),
+        "s",
+        {"a.jpg": MediaSize("image", 40, 40)},
+    )
     assert len(encoded.slices) == 2
     assert np.array_equal(encoded.slices[0], encoded.slices[1])
 
@@ -157,8 +165,35 @@ def test_oversize_truncate_fills_the_row_with_what_is_supervised():
 def test_media_behind_the_cut_are_dropped_with_their_features():
     messages = question("a.jpg", answer="1" * 70) + question("b.jpg", text="x" * 70)
     sample = Sample("k", messages, {"a.jpg": jpeg(40, 40), "b.jpg": jpeg(50, 50)})
-    encoded = encoder(128, Oversize.truncate).encode(sample, "s")
+    sizes = {"a.jpg": MediaSize("image", 40, 40), "b.jpg": MediaSize("image", 50, 50)}
+    encoded = encoder(128, Oversize.truncate).encode(sample, "s", sizes)
     assert len(encoded.slices) == len(encoded.slice_starts) == 1
+
+
+def test_media_behind_the_cut_are_not_decoded():
+    messages = question("a.jpg", answer="1" * 70) + question("b.jpg", "c.wav", text="x" * 70)
+    sample = Sample("k", messages, {"a.jpg": jpeg(40, 40), "b.jpg": b"damaged", "c.wav": b"damaged"})
+    sizes = {"a.jpg": MediaSize("image", 40, 40), "b.jpg": MediaSize("image", 50, 50)}
+    sizes["c.wav"] = MediaSize("audio", num_samples=9000)
+    assert len(encoder(128, Oversize.truncate).encode(sample, "s", sizes).slices) == 1
+    with pytest.raises(SampleError) as caught:
+        encoder(4096).encode(sample, "s", sizes)
+    assert caught.value.cause == "image_corrupt"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "promised"),
+    [
+        ("a.jpg", jpeg(40, 40), MediaSize("image", 40, 41)),
+        ("a.wav", wav(9000)[0], MediaSize("audio", num_samples=9001)),
+    ],
+)
+def test_media_of_another_size_than_indexed_are_a_fault_even_where_the_tokens_are_as_many(
+    name, data, promised
+):
+    with pytest.raises(SampleError) as caught:
+        encoder().encode(Sample("k", question(name), {name: data}), "s", {name: promised})
+    assert caught.value.cause == "length_changed"
 
 
 @pytest.mark.parametrize(
@@ -170,10 +205,11 @@ def test_media_behind_the_cut_are_dropped_with_their_features():
         (question("gone.jpg"), "media_missing"),
         (question("gone.wav"), "media_missing"),
         ([Message("assistant", [Part("text", text="a")] * 300)], "parts"),
+        (question(answer="\u4f60" * 700_000), "text_too_large"),
     ],
 )
 def test_a_sample_that_cannot_be_used_says_why(messages, cause):
-    for use in (lambda s: encoder().lay_out(s, {}), lambda s: encoder().encode(s, "s")):
+    for use in (lambda s: encoder().lay_out(s, {}), lambda s: encoder().encode(s, "s", {})):
         with pytest.raises(SampleError) as caught:
             use(Sample("k", messages))
         assert caught.value.cause == cause
@@ -190,6 +226,8 @@ def test_fingerprint_changes_with_all_that_decides_tokens_and_with_nothing_else(
         encoder(template=TemplateConfig(system="other")),
         encoder(media=MediaConfig(image=image, audio=MEDIA.audio)),
         encoder(media=MediaConfig(image=MEDIA.image, audio=audio)),
+        Encoder(DataConfig(limits=LimitsConfig(parts=9)), MEDIA, TOKENIZER),
+        Encoder(DataConfig(limits=LimitsConfig(text_bytes=9)), MEDIA, TOKENIZER),
     ]
     assert len({variant.fingerprint for variant in variants}) == len(variants)
     same = Encoder(DataConfig(workers=7, path="elsewhere"), MEDIA, TOKENIZER)
@@ -200,6 +238,7 @@ def test_a_pickled_encoder_encodes_alike():
     sample = Sample("k", question("a.jpg"), {"a.jpg": jpeg(30, 60)})
     copy = pickle.loads(pickle.dumps(encoder()))
     assert copy.fingerprint == encoder().fingerprint
-    ours, theirs = encoder().encode(sample, "s"), copy.encode(sample, "s")
+    sizes = {"a.jpg": MediaSize("image", 30, 60)}
+    ours, theirs = encoder().encode(sample, "s", sizes), copy.encode(sample, "s", sizes)
     assert np.array_equal(ours.input_ids, theirs.input_ids)
     assert np.array_equal(ours.slices[0], theirs.slices[0])

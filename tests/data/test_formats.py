@@ -6,7 +6,7 @@ import pytest
 
 from data.config import LimitsConfig
 from data.layouts import Quarantined, parse_members
-from data.records import FolderMedia, SampleMaker, find_files, read_records
+from data.records import FolderMedia, Record, SampleMaker, find_files, read_records
 from data.sample import SampleError
 
 LIMITS = LimitsConfig()
@@ -284,3 +284,52 @@ def test_members_that_are_no_sample_are_refused_with_a_cause(layout, members, ca
     with pytest.raises(SampleError) as caught:
         parse_members(layout, "k", members, members.__getitem__)
     assert caught.value.cause == cause
+
+
+def test_record_of_more_media_than_the_limit_is_refused_before_they_are_read(folder, monkeypatch):
+    reads = []
+    read = FolderMedia._read
+
+    def note(self, *args):
+        reads.append(args)
+        return read(self, *args)
+
+    monkeypatch.setattr(FolderMedia, "_read", note)
+    assert refused("megrez", chat({"image": ["a.jpeg"] * 400}), folder) == "too_many_parts"
+    assert len(reads) == LIMITS.parts
+    url = {"type": "image_url", "image_url": "data:image/jpeg;base64,AAAA"}
+    assert refused("openai", openai([url] * 400), folder) == "too_many_parts"
+
+
+def test_record_nested_too_deeply_has_a_cause_and_the_key_of_its_line_or_place():
+    value = []
+    for _ in range(100_000):
+        value = [value]
+    records = [Record(value, "a[0]"), Record(value, "a[1]"), Record(value, "b:1", raw=b"x")]
+    moved = Record(value, "b:2", raw=b"x")
+    found = [SampleMaker("megrez", (), LIMITS).make(record, ".") for record in [*records, moved]]
+    assert {item.cause for item in found} == {"record_malformed"}
+    assert len({item.key for item in found[:3]}) == 3 and found[3].key == found[2].key
+
+
+def test_role_nested_too_deeply_to_be_quoted_is_malformed(monkeypatch):
+    value = []
+    for _ in range(100_000):
+        value = [value]
+    monkeypatch.setattr("data.records.json.dumps", lambda *args, **options: "fits")
+    nested = {"conversations": [{"role": value, "content": "x"}]}
+    assert SampleMaker("megrez", (), LIMITS).make(Record(nested, "a"), ".").cause == "record_malformed"
+
+
+def test_empty_system_turn_is_absent(folder):
+    turn = {"from": "system", "value": ""}
+    record = {"conversations": [turn, *llava("hi")["conversations"]]}
+    assert turns(made("llava", record, folder)) == [("user", ["hi"]), ("assistant", ["yes"])]
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"), [("link.jpg", "Copy it there"), ("/etc/hostname", "Use --prefix with a folder that")]
+)
+def test_advice_for_a_path_outside_is_of_use(path, advice, folder):
+    os.symlink("../outside.jpg", os.path.join(folder, "link.jpg"))
+    assert advice in made("megrez", chat({"image": path}), folder).message

@@ -78,6 +78,14 @@ def test_a_picture_too_long_and_thin_is_refused():
     assert caught.value.cause == "image_aspect"
 
 
+@pytest.mark.parametrize("long", [90, 3_000, 200_000, 200_705, 10_000_000])
+@pytest.mark.parametrize("turned", [False, True])
+def test_both_ways_of_being_thin_are_refused(long, turned):
+    with pytest.raises(SampleError, match="Crop it") as caught:
+        slice_image(*((1, long) if turned else (long, 1)), ImageGeometry())
+    assert caught.value.cause == "image_aspect"
+
+
 @pytest.mark.parametrize(
     ("seconds", "frames", "tokens", "span"),
     [(0.5, 25, 12, 14), (1, 50, 25, 27), (2.5, 125, 62, 64), (10, 500, 250, 252), (30, 1500, 750, 752)],

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data.config import LimitsConfig
 from data.index import load_folder, main, summarize
+from data.options import read_limits
 from data.sample import MediaSize
 from data.scan import build_index, index_path, index_shards, scan_shard
 from data.shards import ShardReader
@@ -75,7 +76,7 @@ def test_row_holds_sizes_offsets_text_and_tags(tmp_path):
     members = [("k.0.jpg", jpeg(64, 48)), ("k.1.wav", wav(1234)), ("k.json", record)]
     folder = indexed(tmp_path, [*text_only(), *members], format="native")
     shard = folder.shards[0]
-    assert shard.keys == ["plain", "k"] and shard.tags(1) == ("x",) and shard.text_chars.tolist() == [5, 5]
+    assert shard.keys == ["plain", "k"] and shard.tags(1) == ("x",)
     assert shard.sizes(1) == {
         "0.jpg": MediaSize("image", width=64, height=48),
         "1.wav": MediaSize("audio", num_samples=1234),
@@ -254,7 +255,7 @@ def test_two_formats_in_one_folder_are_refused(tmp_path):
 def test_index_of_another_version_is_refused(tmp_path, monkeypatch):
     folder = indexed(tmp_path, caption("k"))
     monkeypatch.setattr("data.index.INDEX_VERSION", 99)
-    with pytest.raises(ValueError, match="is of index version 1, not 99"):
+    with pytest.raises(ValueError, match="is of index version 2, not 99"):
         load_folder(folder.path)
 
 
@@ -304,3 +305,129 @@ def test_command_fails_when_nothing_is_good(tmp_path, capsys):
     write_tar(tmp_path / "shard-000000.tar", caption("b", b""))
     assert main([str(tmp_path), "--format", "caption", "--workers", "1"]) == 1
     assert "image_empty 1" in capsys.readouterr().out
+
+
+def retext(folder, text: bytes):
+    """Puts another text of the same length into the first shard, in place; returns its path."""
+    path = folder.shards[0].path
+    with open(path, "rb") as file:
+        content = file.read()
+    assert content.count(b"a teal area") == 1 and len(text) == len(b"a teal area")
+    with open(path, "wb") as file:
+        file.write(content.replace(b"a teal area", text))
+    os.utime(path, (1, 1))
+    return path
+
+
+def test_text_of_the_same_length_changes_the_digest(tmp_path):
+    first = indexed(tmp_path, caption("k"))
+    index_shards([retext(first, b"a blue area")], "caption", LimitsConfig(), workers=1)
+    again = load_folder(first.path)
+    assert again.digest != first.digest and again.shards[0].fingerprint != first.shards[0].fingerprint
+
+
+def test_shard_with_other_content_of_the_same_size_is_refused(tmp_path):
+    folder = indexed(tmp_path, caption("k"))
+    retext(folder, b"a blue area")
+    with pytest.raises(
+        ValueError, match=r"has other content than when it was indexed\. Run `python -m data.index"
+    ):
+        load_folder(folder.path)
+
+
+def test_names_that_are_not_unicode_are_quarantined_and_the_rest_is_indexed(tmp_path):
+    tag = json.dumps({**json.loads(chat_json()), "tags": ["\ud800"]}).encode()
+    cause = json.dumps({"error": {"cause": "\ud800", "message": "\udfff"}, "origin": "\udcff"}).encode()
+    members = [("bad\udcff.json", chat_json()), ("tag.json", tag), ("cause.json", cause), *text_only()]
+    folder = indexed(tmp_path, members, format="native")
+    assert causes(folder) == {
+        "bad\\udcff": "member_name",
+        "tag": "record_malformed",
+        "cause": "\\ud800",
+    }
+    assert folder.shards[0].keys[3] == "plain"
+
+
+def count_indexed(monkeypatch):
+    """Returns the list to which the name of every shard is added that is indexed from now on."""
+    done = []
+
+    def note(shard, *args, **kwargs):
+        done.append(os.path.basename(shard))
+        return build_index(shard, *args, **kwargs)
+
+    monkeypatch.setattr("data.scan.build_index", note)
+    return done
+
+
+def test_command_indexes_only_what_is_not_indexed_as_asked(tmp_path, monkeypatch):
+    command = [str(tmp_path), "--format", "caption", "--workers", "1"]
+    for number in range(2):
+        write_tar(tmp_path / f"s{number}.tar", caption(f"k{number}"))
+    assert main(command) == 0
+    done = count_indexed(monkeypatch)
+    assert main(command) == 0 and done == []
+    os.unlink(index_path(str(tmp_path / "s1.tar")))
+    assert main(command) == 0 and done == ["s1.tar"]
+    write_tar(tmp_path / "s0.tar", caption("k0", jpeg(31, 30)))
+    assert main(command) == 0 and done == ["s1.tar", "s0.tar"]
+    for words in (["--again"], ["--tags", "zh"], ["--limit", "parts=9"]):
+        done.clear()
+        assert main([*command, *words]) == 0 and done == ["s0.tar", "s1.tar"]
+
+
+def test_two_that_index_one_shard_at_once_do_not_collide(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "s.tar", caption("k"))
+    write, inner = pq.write_table, []
+
+    def write_twice(table, where, **options):
+        write(table, where, **options)
+        if not inner:
+            inner.append(where)
+            build_index(path, "caption", LimitsConfig())
+
+    monkeypatch.setattr(pq, "write_table", write_twice)
+    build_index(path, "caption", LimitsConfig())
+    assert sorted(os.listdir(tmp_path)) == ["s.index.parquet", "s.tar"]
+    assert load_folder(str(tmp_path)).shards[0].keys == ["k"]
+
+
+def test_given_tags_are_added_to_those_of_the_layout(tmp_path):
+    write_tar(tmp_path / "s.tar", caption("k"))
+    assert main([str(tmp_path), "--format", "caption", "--workers", "1", "--tags", "zh, caption,web"]) == 0
+    folder = load_folder(str(tmp_path))
+    assert folder.shards[0].tags(0) == ("caption", "zh", "web") == ShardReader(folder).read(0, 0).tags
+
+
+def test_text_layout_reads_documents_of_txt_members(tmp_path):
+    sample = ShardReader(indexed(tmp_path, [("k.txt", b"some words")], format="text")).read(0, 0)
+    assert sample.tags == ("text",) and sample.messages[0].role == "document"
+    assert sample.messages[0].parts[0].text == "some words"
+
+
+def test_caption_layout_takes_bmp(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 7)).save(buffer, "BMP")
+    folder = indexed(tmp_path, [("k.bmp", buffer.getvalue()), ("k.txt", b"dark")])
+    assert folder.shards[0].sizes(0) == {"bmp": MediaSize("image", width=9, height=7)}
+
+
+def test_limits_can_be_changed(tmp_path):
+    write_tar(tmp_path / "s.tar", [*caption("k"), ("c.jpg", jpeg(10, 10)), ("c.txt", b"x")])
+    assert main([str(tmp_path), "--format", "caption", "--workers", "1", "--limit", "image_pixels=200"]) == 0
+    assert causes(load_folder(str(tmp_path))) == {"k": "image_too_large"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("audio_second=5", "there is no limit 'audio_second'. Use one of .* \\(nearest: audio_seconds\\)"),
+        ("parts=many", "'many' is not a whole number"),
+        ("parts", "'' is not a whole number"),
+        ("audio_seconds=0", "audio_seconds=0.0: must be above 0"),
+        ("audio_seconds=nan", "'nan' is not a finite number"),
+    ],
+)
+def test_limit_that_cannot_be_is_refused(change, message):
+    with pytest.raises(ValueError, match=f"^--limit .*{message}"):
+        read_limits([change])

@@ -42,22 +42,29 @@ def test_quarantined_sample_is_entered_once_and_is_no_bad_delivery():
 
 def test_restored_state_equals_the_saved_one():
     ledger = filled(good=7, num_bad=2)
-    ledger.add(bad(9), step=0)
     again = Ledger()
     again.restore(json.loads(json.dumps(ledger.state())))
     assert again.state() == ledger.state()
     assert (again.good, again.bad, again.counts) == (7, 2, ledger.counts)
 
 
+def test_state_leaves_out_what_was_quarantined_and_the_file_holds_it(tmp_path):
+    ledger = filled(good=7, num_bad=2)
+    ledger.add(bad(9), step=0)
+    assert [entry["step"] for entry in ledger.state()["entries"]] == [1, 2]
+    ledger.write(tmp_path / "ledger.jsonl")
+    written = [json.loads(line)["step"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert written == [1, 2, 0]
+
+
 def test_merge_of_ranks_adds_up_and_keeps_the_order_of_steps():
     ranks = [Ledger(), Ledger()]
     for rank, ledger in enumerate(ranks):
-        ledger.add(bad("quarantined"), step=0)
         ledger.add_good(10 + rank)
         for step in (4, 1):
             ledger.add(bad(f"{rank}-{step}"), step)
     merged = Ledger.merge([ledger.state() for ledger in ranks])
-    assert [entry.step for entry in merged.entries] == [0, 1, 1, 4, 4]
+    assert [entry.step for entry in merged.entries] == [1, 1, 4, 4]
     assert (merged.good, merged.bad) == (21, 4)
 
 

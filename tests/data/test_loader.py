@@ -25,6 +25,7 @@ from tests.data.corpus import (
     image_bytes,
     loader_of,
     mixed_records,
+    overwrite_silently,
     planner_of,
     prepare_folder,
     record,
@@ -88,9 +89,9 @@ class SpoilingEncoder(Encoder):
     key = ""
     way = ""
 
-    def encode(self, sample, source):
+    def encode(self, sample, source, sizes):
         if sample.key != self.key:
-            return super().encode(sample, source)
+            return super().encode(sample, source, sizes)
         if self.way == "hang":
             time.sleep(1000)
         if self.way == "kill":
@@ -103,7 +104,9 @@ class SpoilingEncoder(Encoder):
             raise ZeroDivisionError("oh")
         if self.way == "disk":
             raise OSError("unreadable picture")
-        encoded = super().encode(sample, source)
+        if self.way == "memory":
+            raise MemoryError
+        encoded = super().encode(sample, source, sizes)
         if self.way == "longer":
             encoded.input_ids = np.append(encoded.input_ids, 1)
         return encoded
@@ -250,9 +253,7 @@ def test_picture_of_another_size_behind_the_index_is_dropped_as_length_changed(t
     offset, size = shard.members(0)["0.png"]
     other = image_bytes(56, 56)
     assert len(other) <= size
-    with open(shard.path, "r+b") as file:
-        file.seek(offset)
-        file.write(other)
+    overwrite_silently(shard.path, offset, other)
     (step,) = run(config)
     dropped = [item for batch in step.batches for item in batch.dropped]
     assert [(item.key, item.cause) for item in dropped] == [(shard.keys[0], "length_changed")]
@@ -297,6 +298,61 @@ def test_failing_disk_stops_the_run_and_names_the_sample(mixed, monkeypatch):
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(RuntimeError, match=r"^mixed/shard-\d+\.tar/\w+: cannot be read .*Input/output error"):
         next(iter(loader_of(config, tables, planner_of(config, tables))))
+
+
+def test_shard_that_is_gone_stops_the_run_and_is_named(tmp_path):
+    path = prepare_folder(tmp_path, [record(number) for number in range(3)], tmp_path / "text")
+    config = data_config(path)
+    tables = tables_of(config)
+    os.remove(tables.folders["text"].shards[0].path)
+    with pytest.raises(RuntimeError, match=r"^text/shard-000000\.tar/\w+: the file is gone\. Restore"):
+        next(iter(loader_of(config, tables, planner_of(config, tables))))
+
+
+def test_lack_of_memory_stops_the_run_and_names_the_sample(mixed):
+    config = data_config(mixed)
+    encoder = spoiling(config, "memory")
+    with pytest.raises(RuntimeError, match=rf"^mixed/shard-000001\.tar/{encoder.key}: memory ran out"):
+        run(config, encoder=encoder)
+
+
+KILLED_RANK = """
+import os, signal, sys
+from multiprocessing.forkserver import _forkserver
+from tests.data.corpus import *
+
+if __name__ == "__main__":
+    config = data_config(sys.argv[1], workers=2)
+    tables = tables_of(config)
+    loader = loader_of(config, tables, planner_of(config, tables))
+    next(iter(loader))
+    workers = loader._dataloader._iterator._workers
+    print(_forkserver._forkserver_pid, *(worker.pid for worker in workers), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_and_their_forkserver_end_with_a_rank_that_was_killed(mixed, tmp_path):
+    with (tmp_path / "pids").open("w+") as out:
+        rank = subprocess.run(
+            [sys.executable, "-c", KILLED_RANK, mixed], stdout=out, timeout=60, cwd=CHECKOUT
+        )
+        out.seek(0)
+        pids = [int(pid) for pid in out.read().split()]
+    assert (rank.returncode, len(pids)) == (-signal.SIGKILL, 3)
+    deadline = time.monotonic() + 10
+    while (left := [pid for pid in pids if running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 FAILING_RANK = """

@@ -138,9 +138,9 @@ def test_the_last_step_is_filled_up_with_empty_packs():
 def test_what_was_drawn_is_what_the_packs_hold():
     plan = planner(mixture(), epochs=2)
     found = steps(plan, 3)
-    for name, drawn in plan.drawn.items():
+    for name, drawn in plan.state()["sources"].items():
         mine = [ref for ref in refs(found) if ref.source == name]
-        assert (drawn.samples, drawn.tokens) == (len(mine), sum(ref.length for ref in mine))
+        assert (drawn["samples"], drawn["tokens"]) == (len(mine), sum(ref.length for ref in mine))
     assert plan.epoch == pytest.approx(len(refs(found)) / 205)
     steps(plan)
     assert plan.epoch == 2.0
@@ -160,7 +160,7 @@ def test_a_restored_plan_continues_identically_from_every_step(budgets):
         other.restore(json.loads(state))
         assert json.dumps(other.state()) == state
         assert steps(other) == found[number:]
-        assert other.drawn == plan.drawn
+        assert other.state() == plan.state()
 
 
 def test_a_restored_plan_goes_on_in_steps_of_another_size():

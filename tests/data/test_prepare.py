@@ -146,3 +146,23 @@ def test_help_shows_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "example: python -m data.prepare" in io.StringIO(capsys.readouterr().out).read()
+
+
+def test_deeply_nested_line_is_quarantined_and_the_rest_is_prepared(source, tmp_path, capsys):
+    depths = [100, *range(800, 1000), 100_000]
+    lines = [f'{{"conversations": {"[" * depth}{"]" * depth}}}' for depth in depths]
+    assert prepared(source([record("one"), *lines]), tmp_path / "out", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["good"] == 1 and summary["bad"] == {"record_malformed": len(depths)}
+
+
+def test_limits_can_be_changed(source, tmp_path, capsys):
+    words = ["--limit", "audio_seconds=30", "--limit", "image_pixels=10", "--json"]
+    assert prepared(source(MIXED), tmp_path / "out", *words) == 0
+    bad = json.loads(capsys.readouterr().out)["bad"]
+    assert bad["audio_too_long"] == 1 and bad["image_too_large"] == 1
+
+
+def test_limit_that_is_not_known_is_an_error(source, tmp_path, capsys):
+    assert prepared(source(MIXED), tmp_path / "out", "--limit", "pictures=3") == 1
+    assert "there is no limit 'pictures'" in capsys.readouterr().err

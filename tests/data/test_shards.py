@@ -283,3 +283,11 @@ def test_folder_of_someone_else_beside_is_never_emptied(tmp_path):
     with pytest.raises(ValueError, match="not ours"), whole_folder(str(tmp_path / "set")):
         pass
     assert (beside / "mine").read_text() == "keep"
+
+
+def test_folder_that_appears_while_we_write_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="already exists"), whole_folder(str(out)):
+        out.mkdir()
+        (out / "precious.txt").write_text("years of work")
+    assert (out / "precious.txt").read_text() == "years of work" and os.listdir(tmp_path) == ["out"]

@@ -56,7 +56,7 @@ def test_bad_samples_are_in_the_runs_ledger_and_too_many_stop_it(tmp_path):
     shards = prepare(records, tmp_path / "shards")
     tar = next(shards.glob("*.tar"))
     whole, times = tar.read_bytes(), tar.stat()
-    # Wound the pictures themselves, after they were indexed, as a rotting disk does: only a worker can see it.
+    # Wound the pictures after they were indexed, as a rotting disk does: only a worker can see it.
     wounded = whole.replace(b"\xff\xdb", b"\x00\x00")
     assert wounded != whole and len(wounded) == len(whole)
     tar.write_bytes(wounded)
