@@ -74,11 +74,6 @@ class Sample:
     tags: tuple[str, ...] = ()
     origin: str = ""
 
-    @property
-    def modality(self) -> str:
-        """`text`, `image`, `audio` or `image+audio`."""
-        return modality_of(part.kind for message in self.messages for part in message.parts)
-
 
 def modality_of(kinds) -> str:
     """Returns the modality name of a set of part kinds."""

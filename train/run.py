@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from train.folder import RunFolder
 from train.loop import Preempted, Training, train, write_ledger
 from train.meters import Meters
 from train.model.omni import build_model
-from train.sinks import SinkRun, build_sinks, keep_until
+from train.sinks import Sink, SinkRun, build_sinks, keep_until
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that was asked to end and saved its state (sysexits' "try again later")."""
@@ -55,10 +56,7 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
     encoder = build_encoder(config)
     tables = load_tables(config, engine, encoder, "train")
     held_out = load_tables(config, engine, encoder, "held_out")
-    if config.eval.every and not held_out.tables:
-        raise ValueError(
-            f"eval.every={config.eval.every}: no sample is held out. Set data.holdout, or eval.every=0."
-        )
+    _check_held_out(config, held_out)
     planner = build_planner(config, tables, epochs=_epochs(config))
     total_steps = config.train.steps or planner.num_steps()
     assert total_steps is not None
@@ -80,20 +78,37 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
         lines += describe_data("train", tables) + describe_data("held out", held_out)
         lines += describe_sample(tables, encoder) if training.step == 0 else []
         print("\n".join([*lines, beginning]), flush=True)
-        plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-        training.sinks = build_sinks(SinkRun(folder.path, training.step, total_steps, config.log, plain))
-    try:
-        checkpoint = train(training)
-    except Preempted as error:
-        _close(training)
-        print(error)
-        sys.exit(EXIT_PREEMPTED)
+        training.sinks = _open_sinks(training)
+    checkpoint = _train_or_exit(training)
     if engine.is_main:
         facts = _facts(training, tables, parent, time.time() - started)
         stage.write_final(config, folder.final, checkpoint, parent[0] if parent else None, facts)
     _close(training)
-    if accelerator.process_index == 0:
+    if engine.is_main:
         print(f"Complete: {total_steps} steps. Weights and stage.json are in {folder.final}.")
+
+
+def _check_held_out(config: RunConfig, held_out: Tables) -> None:
+    if config.eval.every and not held_out.tables:
+        raise ValueError(
+            f"eval.every={config.eval.every}: no sample is held out. Set data.holdout, or eval.every=0."
+        )
+
+
+def _open_sinks(training: Training) -> list[Sink]:
+    config = training.config
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    run = SinkRun(training.folder.path, training.step, training.total_steps, config.log, plain)
+    return build_sinks(run)
+
+
+def _train_or_exit(training: Training) -> Path:
+    try:
+        return train(training)
+    except Preempted as error:
+        _close(training)
+        print(error)
+        sys.exit(EXIT_PREEMPTED)
 
 
 def _close(training: Training) -> None:
