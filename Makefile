@@ -4,7 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test check format clean
+.PHONY: demo test check format clean
+
+# Two processes on CPUs, whatever else the machine has.
+ON_CPUS := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+
+demo: $(STAMP)  ## data, stand-ins and all five stages with two CPU processes; stopped and typed again, it goes on
+	$(ON_CPUS) $(BIN)/python -m data.demo runs/demo/data
+	$(ON_CPUS) $(BIN)/python -m launch.pipeline megrez_omni model=tiny data=demo runs=runs/demo \
+	  accelerate=cpu2 zero=zero2
 
 test: $(STAMP)  ## all tests this machine can run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

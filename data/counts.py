@@ -63,13 +63,17 @@ class Tables:
 
 @dataclass(slots=True)
 class _Choice:
-    """One source and how its rows are chosen. `held` says which share is taken: None is all."""
+    """One source and how its rows are chosen. `held` says which share is taken: None is all.
+
+    `tags` are those of the stage: samples with none of them are left to other stages.
+    """
 
     name: str
     where: str
     source: SourceConfig
     folder: FolderIndex
     held: bool | None
+    tags: list[str]
     excluded: Counter[str] = field(default_factory=Counter)
 
 
@@ -81,18 +85,22 @@ def build_tables(
     split: Literal["train", "held_out"],
     cost: CostFunction,
     takes: Callable[[str], bool],
+    evaluates_all: bool = True,
 ) -> Tables:
     """Returns the samples of a split. Token counts are made now if they are not cached.
 
     `train` takes all training sources without their held-out share (`data.holdout`, by a hash of the
-    key); `held_out` takes that share and the sources of `data.held_out`. `takes` says whether samples
-    of a modality are of use: under a frozen language model, text alone trains nothing.
+    key); `held_out` takes that share and the sources of `data.held_out`, these whatever `data.tags` are
+    (unless `evaluates_all` is false): so every stage can be measured by the same. `takes` says whether
+    samples of a modality are of use: under a frozen language model, text alone trains nothing.
+
+    A source without any sample of the stage's tags is left out, as long as there are others.
 
     Raises:
         ValueError: a source is missing, damaged, or has no sample left.
     """
-    tables = Tables()
-    for choice in _choices(config, split):
+    tables, empty = Tables(), []
+    for choice in _choices(config, split, evaluates_all):
         counts = count_folder(choice.folder, encoder, choice.where, config.cache)
         taken = [
             _select(config, choice, shard, counts[shard], takes, tables.quarantined)
@@ -104,32 +112,44 @@ def build_tables(
         if len(table):
             tables.tables.append(table)
         elif not (choice.held and choice.name in config.sources):
-            raise ValueError(_nothing_left(config, choice))
+            empty.append(choice)
+    for choice in sorted(empty, key=_is_for_other_stages):
+        if not tables.tables or not _is_for_other_stages(choice):
+            raise ValueError(_nothing_left(choice))
     return tables
 
 
-def _choices(config: DataConfig, split: Literal["train", "held_out"]) -> list[_Choice]:
+def _is_for_other_stages(choice: _Choice) -> bool:
+    return bool(choice.tags) and not any(_has_tag(index, choice.tags).any() for index in choice.folder.shards)
+
+
+def _choices(config: DataConfig, split: Literal["train", "held_out"], evaluates_all: bool) -> list[_Choice]:
     both = sorted(set(config.sources) & set(config.held_out))
-    if both:
-        raise ValueError(f"data.held_out.{both[0]}: is the name of a training source too. Choose another.")
+    if both and config.holdout:
+        raise ValueError(
+            f"data.held_out.{both[0]}: is the name of a training source that holds out a share too. "
+            "Choose another, or set data.holdout=0.0."
+        )
     held = None if not config.holdout else split == "held_out"
     chosen = []
     if split == "train" or held:
         chosen += [
-            _choice(name, f"data.sources.{name}", source, held) for name, source in config.sources.items()
+            _choice(name, f"data.sources.{name}", source, held, config.tags)
+            for name, source in config.sources.items()
         ]
     if split == "held_out":
         chosen += [
-            _choice(name, f"data.held_out.{name}", source, None) for name, source in config.held_out.items()
+            _choice(name, f"data.held_out.{name}", source, None, [] if evaluates_all else config.tags)
+            for name, source in config.held_out.items()
         ]
         for choice in chosen:  # every sample once, whatever its share in training
             choice.source = replace(choice.source, weight=None, epochs=1.0)
     return chosen
 
 
-def _choice(name: str, where: str, source: SourceConfig, held: bool | None) -> _Choice:
+def _choice(name: str, where: str, source: SourceConfig, held: bool | None, tags: list[str]) -> _Choice:
     try:
-        return _Choice(name, where, source, load_folder(source.path), held)
+        return _Choice(name, where, source, load_folder(source.path), held, tags)
     except ValueError as error:
         text = str(error).removeprefix(f"{source.path}: ")
         raise ValueError(f"{where}.path={source.path}: {text}") from error
@@ -155,7 +175,7 @@ def _select(
         choice.excluded[reason] += int((taken & rows).sum())
         taken &= ~rows
 
-    for wanted in (config.tags, choice.source.tags):
+    for wanted in (choice.tags, choice.source.tags):
         if wanted:
             exclude("tags", ~_has_tag(index, wanted))
     if choice.held is not None:
@@ -233,14 +253,14 @@ def _report(choice: _Choice, counts: list[ShardCounts], taken: list[np.ndarray])
     }
 
 
-def _nothing_left(config: DataConfig, choice: _Choice) -> str:
+def _nothing_left(choice: _Choice) -> str:
     """Returns why a source has no sample left, and what to do."""
     reasons = {reason: count for reason, count in choice.excluded.most_common() if count}
     if set(reasons) <= {"tags"}:
         shards = choice.folder.shards
         tags = {tag for shard in shards for row in range(shard.num_rows) for tag in shard.tags(row)}
         known = f"Known tags: {', '.join(sorted(tags)) or 'none'}"
-        where, wanted = "data.tags", config.tags
+        where, wanted = "data.tags", choice.tags
         if not wanted or not tags.isdisjoint(wanted):
             where, wanted = f"{choice.where}.tags", choice.source.tags
         return (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -18,10 +18,18 @@ from data.geometry import Clip, MediaConfig, Slicing, cut_audio, slice_image
 from data.media import decode_audio, decode_image
 from data.mel import log_mel
 from data.sample import EncodedSample, MediaSize, Sample, SampleError, modality_of
-from data.template import AudioSpan, ImageSpan, Rendered, render, truncate
+from data.template import (
+    AudioSpan,
+    ImageSpan,
+    Rendered,
+    before_last_answer,
+    render,
+    through_last_answer,
+    truncate,
+)
 from data.tokenizer import TextTokenizer
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Part of the fingerprint. Raise it when the same input comes to give other tokens."""
 
 
@@ -93,8 +101,15 @@ class Encoder:
         Raises:
             SampleError: the sample cannot be used, or a medium has another size than in `sizes`.
         """
+        return self.fill(self.lay_out(sample, sizes), sample, source, sizes)
+
+    def fill(self, layout: Layout, sample: Sample, source: str, sizes: dict[str, MediaSize]) -> EncodedSample:
+        """Returns the sample as it was laid out, its media decoded.
+
+        Raises:
+            SampleError: a medium is missing, cannot be used, or has another size than in `sizes`.
+        """
         _check_media(sample, sample.media, self.config.limits.parts)
-        layout = self.lay_out(sample, sizes)
         encoded = EncodedSample(
             sample.key,
             source,
@@ -118,6 +133,24 @@ class Encoder:
         Raises:
             SampleError: the sample cannot be used, or is longer than a row and not to be truncated.
         """
+        layout = self._render(sample, sizes)
+        layout.rendered = self._fit(layout.rendered)
+        return layout
+
+    def lay_out_prompt(self, sample: Sample, sizes: dict[str, MediaSize]) -> Layout:
+        """Returns what stands before the sample's last answer: the next token would be its first.
+
+        Raises:
+            SampleError: the sample cannot be used, has no answer, or is longer than a row until there.
+        """
+        until = replace(sample, messages=through_last_answer(sample.messages))
+        layout = self._render(until, sizes)
+        layout.rendered = before_last_answer(layout.rendered)
+        if len(layout.rendered.input_ids) > self.config.pack.length:
+            raise _oversize(len(layout.rendered.input_ids), self.config.pack.length)
+        return layout
+
+    def _render(self, sample: Sample, sizes: dict[str, MediaSize]) -> Layout:
         _check_media(sample, sizes, self.config.limits.parts)
         _check_text(sample, self.config.limits.text_bytes)
         slicings = {
@@ -133,7 +166,7 @@ class Encoder:
         }
         spans |= {name: AudioSpan(tuple(clip.span for clip in cut)) for name, cut in clips.items()}
         rendered = render(sample.messages, spans, self.config.template, self.tokenizer)
-        return Layout(self._fit(rendered), slicings, clips)
+        return Layout(rendered, slicings, clips)
 
     def _fit(self, rendered: Rendered) -> Rendered:
         if not rendered.num_supervised:
@@ -144,11 +177,7 @@ class Encoder:
         pack = self.config.pack
         if len(rendered.input_ids) <= pack.length or pack.oversize is Oversize.truncate:
             return truncate(rendered, pack.length)
-        raise SampleError(
-            f"{len(rendered.input_ids)} tokens, longer than data.pack.length={pack.length}. "
-            "Shorten it or raise data.pack.length",
-            cause="oversize",
-        )
+        raise _oversize(len(rendered.input_ids), pack.length)
 
     def _add_image(self, encoded: EncodedSample, data: bytes, size: MediaSize, slicing: Slicing) -> None:
         image = decode_image(data, self.config.limits)
@@ -163,6 +192,13 @@ class Encoder:
             window = waveform[clip.start : clip.stop]
             encoded.clips.append(log_mel(window, self.media.audio, clip.mel_frames))
             encoded.clip_tokens.append(clip.tokens)
+
+
+def _oversize(length: int, most: int) -> SampleError:
+    return SampleError(
+        f"{length} tokens, longer than data.pack.length={most}. Shorten it or raise data.pack.length",
+        cause="oversize",
+    )
 
 
 def _check_size(found: MediaSize, promised: MediaSize) -> None:

@@ -11,7 +11,7 @@ import argparse
 import importlib.util
 import pydoc_data.topics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -57,7 +57,12 @@ def corpus() -> Iterator[str]:
 
 
 def make_tokenizer() -> Tokenizer:
-    """Returns the trained tokenizer: bytes, merges, then the special tokens as the last ids."""
+    """Returns the built-in tokenizer."""
+    return train_tokenizer(corpus(), VOCAB_SIZE, show_progress=True)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
+    """Returns a tokenizer of at most `vocab_size` ids: bytes, merges, then the special tokens as the last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -67,11 +72,11 @@ def make_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=True,
+        show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL_TOKENS])
     return tokenizer
 

@@ -88,7 +88,7 @@ def render(
     stands outside the chat: its parts in their order, then `<|eos|>`, with loss on all but media.
     """
     writer = _Writer(tokenizer, config)
-    if messages and messages[0].role not in ("system", "document"):
+    if config.system and messages and messages[0].role not in ("system", "document"):
         messages = [Message("system", [Part("text", text=config.system)]), *messages]
     for message in messages:
         if message.role == "document":
@@ -247,4 +247,35 @@ def truncate(rendered: Rendered, length: int) -> Rendered:
         [start for start in rendered.slice_starts if start < stop],
         [start for start in rendered.clip_starts if start < stop],
         [span for span in rendered.spans if span.start < stop],
+    )
+
+
+def through_last_answer(messages: list[Message]) -> list[Message]:
+    """Returns the messages up to the last one of the assistant.
+
+    Raises:
+        SampleError: there is none.
+    """
+    places = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    if not places:
+        raise SampleError("no assistant message, so there is nothing to answer", cause="no_supervised")
+    return messages[: places[-1] + 1]
+
+
+def answer_text(messages: list[Message]) -> str:
+    """Returns the text of the last answer, as it is trained."""
+    return _joined_text(through_last_answer(messages)[-1])
+
+
+def before_last_answer(rendered: Rendered) -> Rendered:
+    """Returns what stands before the last run of supervised tokens, without any label.
+
+    Pictures and recordings of the assistant's own turn stand before its text, so they stay.
+    """
+    last = np.flatnonzero(rendered.labels != IGNORE)[-1]
+    before = np.flatnonzero(rendered.labels[:last] == IGNORE)
+    stop = int(before[-1]) + 1
+    labels = np.full(stop, IGNORE, dtype=np.int32)
+    return Rendered(
+        rendered.input_ids[:stop], labels, rendered.slice_starts, rendered.clip_starts, rendered.spans
     )

@@ -34,8 +34,17 @@ from train.config import MODULES, RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COPIED = ("train.py", "train", "data", "configs", "recipes")
-MODULE_COMMANDS = ("data.prepare", "data.index", "data.show", "data.make_tokenizer")
+COPIED = ("train.py", "train", "data", "launch", "configs", "recipes")
+MODULE_COMMANDS = (
+    "data.prepare",
+    "data.index",
+    "data.show",
+    "data.make_tokenizer",
+    "data.demo",
+    "launch.curves",
+    "launch.pipeline",
+    "train.evaluate",
+)
 
 
 def name_of(path: Path) -> str:
@@ -201,11 +210,14 @@ def test_every_option_of_a_page_exists(page, known_options):
     assert used <= known_options, used - known_options
 
 
-def test_every_data_command_stands_in_the_readme_and_has_an_example():
+def test_every_command_stands_in_the_readme_and_has_an_example():
     listed = {quoted(row[0])[0].removeprefix("python -m ") for row in table(README, "command")}
     runnable = {
-        f"data.{path.stem}" for path in (ROOT / "data").glob("*.py") if "__main__" in path.read_text()
-    }
+        f"{folder}.{path.stem}"
+        for folder in ("data", "train", "launch")
+        for path in (ROOT / folder).glob("*.py")
+        if '__name__ == "__main__"' in path.read_text()
+    } | {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("*/*/__main__.py")}
     assert runnable == set(MODULE_COMMANDS) == listed - {"python train.py"}
     for module in MODULE_COMMANDS:
         assert "example: python -m " + module in help_of(module).lower(), module

@@ -231,13 +231,17 @@ def restore_checkpoint(engine: Engine, reader: PieceReader) -> None:
 
 
 @torch.no_grad()
-def copy_weights(engine: Engine, reader) -> None:
+def copy_weights(engine: Engine, reader, fresh: tuple[str, ...] = ()) -> None:
     """Copies weights from anything with `shapes` and `read(kind, name, start, stop)` into an engine.
+
+    Those whose names begin with one of `fresh` stay as they are.
 
     Raises:
         ValueError: names or shapes differ.
     """
     for fragment in _all_fragments(engine):
+        if fragment.name.startswith(fresh):
+            continue
         if fragment.name not in reader.shapes:
             raise ValueError(f"{reader.folder}: has no weight {fragment.name}. Use a run of the same model.")
         if tuple(reader.shapes[fragment.name]) != fragment.shape:

@@ -3,14 +3,18 @@ is refused at once."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +31,20 @@ def register() -> None:
     store.store(name="schema", node=RunConfig)
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         store.store(name=path.stem, group="recipe", node=OmegaConf.load(path), package="_global_")
+
+
+def compose_words(words: list[str]) -> RunConfig:
+    """Returns the config that `train.py` would run with these words of a command line.
+
+    Raises:
+        ValueError: with every mistake on a line of its own.
+    """
+    register()
+    try:
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            return to_run_config(compose("run", words))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(reword(error)) from error
 
 
 def to_run_config(composed: DictConfig) -> RunConfig:
@@ -49,6 +67,15 @@ def to_run_config(composed: DictConfig) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """Returns the YAML that `RUN/config.yaml` keeps."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """Returns nested dicts with the values that the YAML of `to_yaml` would be read back to."""
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value.name if isinstance(value, Enum) else value for name, value in items}
+
+    return dataclasses.asdict(config, dict_factory=plain)
 
 
 @contextmanager
@@ -123,13 +150,13 @@ def _unknown_option(group: str, name: str) -> str:
         known = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
     else:
         known = sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
-    return f"{group}='{name}': there is none of that name.{_nearest(name, known)} Known: {', '.join(known)}."
+    return f"{group}='{name}': there is none of that name.{nearest(name, known)} Known: {', '.join(known)}."
 
 
 def _unknown_key(path: str) -> str:
     schema = OmegaConf.structured(RunConfig)
     known = sorted(_paths(schema))
-    return f"{path}: not a known key.{_nearest(path, known)} See every key with --cfg job."
+    return f"{path}: not a known key.{nearest(path, known)} See every key with --cfg job."
 
 
 def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -140,6 +167,7 @@ def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _paths(child, f"{prefix}{name}.")
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """Returns ` Did you mean '...'?` with the known name that is most like `name`, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""

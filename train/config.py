@@ -21,6 +21,10 @@ MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj"
 """The five parts a person freezes, tunes and gives a learning rate."""
 
 
+MEASURES = ("exact", "cer", "wer", "loss")
+"""What `eval.metrics` may name of a held-out source."""
+
+
 class Zero(Enum):
     """How weights, gradients and optimizer state are spread over the ranks."""
 
@@ -70,6 +74,22 @@ class LossNorm(Enum):
     token = "token"
     sample = "sample"
     sqrt = "sqrt"
+
+
+class Objective(Enum):
+    """What is learnt: the next token, or a stand-in task that trains one tower alone.
+
+    `patch_labels` names every patch of a picture, `ctc` transcribes a clip (train/model/stand_in.py).
+    """
+
+    next_token = "next_token"
+    patch_labels = "patch_labels"
+    ctc = "ctc"
+
+    @property
+    def tower(self) -> str | None:
+        """The one module a stand-in task trains."""
+        return {"patch_labels": "vision_encoder", "ctc": "audio_encoder"}.get(self.value)
 
 
 class WandbMode(Enum):
@@ -145,10 +165,14 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Length and batch of a run. Without `steps` and `epochs` it is one epoch of the mixture."""
+    """Length and batch of a run. Without `steps` and `epochs` it is one epoch of the mixture.
+
+    `stage_steps` are steps by stage, for a config that serves several; `steps` or `epochs` replace them.
+    """
 
     steps: int | None = None
     epochs: float | None = None
+    stage_steps: dict[str, int] = field(default_factory=dict)
     packs_per_step: int = 64
     micro_batch_packs: int = 1
     loss: LossNorm = LossNorm.token
@@ -163,6 +187,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not _positive(value):
                 found.append(f"{name}={value}: must be above 0.")
+        for stage, value in self.stage_steps.items():
+            if value < 1:
+                found.append(f"stage_steps.{stage}={value}: must be at least 1.")
         if not found and self.packs_per_step % self.micro_batch_packs:
             found.append(
                 f"micro_batch_packs={self.micro_batch_packs}: must divide "
@@ -173,13 +200,21 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
-    """Held-out loss: every `every` steps (0: only at the end), over at most `max_packs` packs.
+    """Evaluation on held-out samples: every `every` steps (0: only at the end).
 
-    These are handed out in whole steps of `train.packs_per_step`, so at least one step is made.
+    The loss is over at most `max_packs` packs, handed out in whole steps of `train.packs_per_step`, so
+    at least one step is made. The first `samples` samples of every held-out source are answered too,
+    `batch` at once, with at most `max_new_tokens` tokens (0: none are); with `blank` all that is done
+    again with the media blanked. `metrics` gives values names of their own: NAME: SOURCE.MEASURE.
     """
 
     every: int = 0
     max_packs: int = 256
+    samples: int = 0
+    max_new_tokens: int = 64
+    batch: int = 32
+    blank: bool = True
+    metrics: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
@@ -188,6 +223,18 @@ class EvalConfig:
             found.append(f"every={self.every}: must not be negative. Use 0 for the end of the run only.")
         if self.max_packs < 1:
             found.append(f"max_packs={self.max_packs}: must be at least 1. Use 256.")
+        if self.samples < 0:
+            found.append(f"samples={self.samples}: must not be negative. Use 0 for the loss only.")
+        for name, good in (("max_new_tokens", 64), ("batch", 32)):
+            if getattr(self, name) < 1:
+                found.append(f"{name}={getattr(self, name)}: must be at least 1. Use {good}.")
+        for name, place in self.metrics.items():
+            source, _, measure = place.rpartition(".")
+            if not source or measure not in MEASURES:
+                found.append(
+                    f"metrics.{name}={place!r}: is not SOURCE.MEASURE. "
+                    f"Use a held-out source and one of {', '.join(MEASURES)}."
+                )
         return found
 
 
@@ -238,6 +285,7 @@ class RunConfig:
     resume: Resume = Resume.auto
     init_from: str | None = None
     parents: list[str] = field(default_factory=list)
+    objective: Objective = Objective.next_token
     seed: int = 0
     tune_vision_encoder: bool = False
     tune_vision_proj: bool = False
@@ -259,6 +307,13 @@ class RunConfig:
     def tuned(self) -> dict[str, bool]:
         """Which of the five modules train."""
         return {name: getattr(self, f"tune_{name}") for name in MODULES}
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of this run where the config says so; else epochs decide."""
+        if self.train.steps is not None or self.train.epochs is not None:
+            return self.train.steps
+        return self.train.stage_steps.get(self.stage)
 
     def learning_rate(self, module: str) -> float:
         """Returns the peak learning rate of one module."""
@@ -287,6 +342,12 @@ class RunConfig:
                 f"data.pack.length={self.data.pack.length}: longer than "
                 f"model.llm.max_positions={self.model.llm.max_positions}. Use at most that."
             )
+        tower = self.objective.tower
+        if tower and self.tuned != {name: name == tower for name in MODULES}:
+            found.append(
+                f"objective={self.objective.value}: trains the {tower} alone. "
+                f"Set tune_{tower}=true and the other four to false."
+            )
         if self.init_from and not self.parents:
             found.append(
                 f"init_from={self.init_from}: recipe {self.stage} accepts no parent. "
@@ -314,5 +375,6 @@ def all_problems(config: Any, path: str = "") -> list[str]:
             found += all_problems(value, prefix + entry.name)
         elif isinstance(value, dict):
             for name, item in value.items():
-                found += all_problems(item, f"{prefix}{entry.name}.{name}")
+                if dataclasses.is_dataclass(item):
+                    found += all_problems(item, f"{prefix}{entry.name}.{name}")
     return found

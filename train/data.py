@@ -9,13 +9,13 @@ from data.encode import Encoder
 from data.loader import Loader
 from data.plan import Planner
 from data.tokenizer import load_tokenizer
-from train.config import RunConfig
+from train.config import Objective, RunConfig
 from train.engine import Engine
 from train.flops import sample_cost, trains_anything
 
 Split = Literal["train", "held_out"]
 
-__all__ = ["Tables", "build_encoder", "build_loader", "build_planner", "load_tables"]
+__all__ = ["Tables", "build_encoder", "build_loader", "build_planner", "load_held_out", "load_tables"]
 
 
 def build_encoder(config: RunConfig) -> Encoder:
@@ -33,8 +33,12 @@ def build_encoder(config: RunConfig) -> Encoder:
     return Encoder(config.data, config.media, tokenizer)
 
 
-def load_tables(config: RunConfig, engine: Engine, encoder: Encoder, split: Split) -> Tables:
+def load_tables(
+    config: RunConfig, engine: Engine, encoder: Encoder, split: Split, *, to_answer: bool = False
+) -> Tables:
     """Returns the samples of one split. Token counts are computed once, by the main rank, and cached.
+
+    A stand-in task has a loss on samples of its own tags only; with `to_answer`, there are all.
 
     Raises:
         ValueError: the data cannot be used, or ranks do not see the same (another copy on another node).
@@ -49,6 +53,7 @@ def load_tables(config: RunConfig, engine: Engine, encoder: Encoder, split: Spli
             split=split,
             cost=cost,
             takes=lambda modality: split == "held_out" or trains_anything(modality, config.tuned),
+            evaluates_all=to_answer or config.objective is Objective.next_token,
         )
     prints = engine.gather_objects(tables.fingerprint)
     others = [rank for rank, fingerprint in enumerate(prints) if fingerprint != prints[0]]
@@ -58,6 +63,14 @@ def load_tables(config: RunConfig, engine: Engine, encoder: Encoder, split: Spli
             "would differ. Give every machine the same shards and indexes."
         )
     return tables
+
+
+def load_held_out(config: RunConfig, engine: Engine, encoder: Encoder) -> tuple[Tables, Tables]:
+    """Returns the held-out samples for the loss, and those to be answered."""
+    tables = load_tables(config, engine, encoder, "held_out")
+    if config.objective is Objective.next_token or not config.eval.samples:
+        return tables, tables
+    return tables, load_tables(config, engine, encoder, "held_out", to_answer=True)
 
 
 def build_planner(config: RunConfig, tables: Tables, *, epochs: float | None) -> Planner:

@@ -207,6 +207,13 @@ def training_flops(work: Work, config: ModelConfig, media: MediaConfig, tuned: F
     return parts
 
 
+TOWER_PARTS = {
+    "vision_encoder": ("vision_linear", "vision_attention"),
+    "audio_encoder": ("audio_conv", "audio_linear", "audio_attention"),
+}
+"""All that runs where a task trains one tower alone (train/model/stand_in.py)."""
+
+
 def trains_anything(modality: str, tuned: Flags) -> bool:
     """Returns whether a sample of this modality gives any tuned module a gradient.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from train.compose import to_yaml
+from train.compose import to_plain, to_yaml
 from train.config import Resume, RunConfig
 
 FREE = (
@@ -58,14 +58,15 @@ class RunFolder:
             )
         if not self.config_file.is_file():
             return
-        differences = _differences(
-            OmegaConf.to_container(OmegaConf.load(self.config_file)),
-            OmegaConf.to_container(OmegaConf.create(to_yaml(config))),
+        found = differences(
+            _comparable(OmegaConf.to_container(OmegaConf.load(self.config_file))),
+            _comparable(to_plain(config)),
+            FREE,
         )
-        if differences:
+        if found:
             raise ValueError(
                 f"run={self.path}: holds another config. Name another folder, or take back:\n"
-                + "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in differences)
+                + "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in found)
             )
 
     def create(self, config: RunConfig) -> None:
@@ -76,13 +77,24 @@ class RunFolder:
         partial.replace(self.config_file)
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    if path in FREE:
+def _comparable(config: Any) -> dict[str, Any]:
+    """Returns a config without the steps of other stages, which decide nothing here."""
+    steps = config["train"].get("stage_steps", {})
+    own = {name: steps[name] for name in steps if name == config["stage"]}
+    return config | {"train": config["train"] | {"stage_steps": own}}
+
+
+def differences(old: Any, new: Any, free: tuple[str, ...], path: str = "") -> list[tuple[str, Any, Any]]:
+    """Returns (path, old value, new value) of all that two configs, as plain dicts, do not share.
+
+    What lies at or below one of the paths `free` may differ.
+    """
+    if path in free:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(set(old) | set(new)):
             below = f"{path}.{key}" if path else str(key)
-            found += _differences(old.get(key), new.get(key), below)
+            found += differences(old.get(key), new.get(key), free, below)
         return found
     return [] if old == new else [(path, old, new)]

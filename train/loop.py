@@ -18,14 +18,15 @@ from train.checkpoint import save_checkpoint
 from train.compose import to_yaml
 from train.config import RunConfig
 from train.engine import Engine, StepResult
-from train.flops import training_flops, work_of
+from train.flops import TOWER_PARTS, training_flops, work_of
 from train.folder import RunFolder
 from train.meters import Meters
 from train.schedule import lr_factor
 from train.sinks import Sink
 from train.stage import versions
 
-Evaluate = Callable[[], "dict[str, Any] | None"]
+Evaluate = Callable[[int], "dict[str, Any] | None"]
+"""Evaluates after a step on held-out samples, where there are any."""
 
 
 class Preempted(Exception):
@@ -132,8 +133,7 @@ def train_step(run: Training, work: StepBatches, totals: Totals) -> StepResult |
         with engine.micro_batch(last=number == len(work.batches)):
             loss_sum, row_losses = engine.forward(batch)
             engine.backward(loss_sum / totals.weight)
-        flops = training_flops(work_of(on_host, config.media), config.model, config.media, config.tuned)
-        run.meters.add(batch, row_losses, sum(flops.values()))
+        run.meters.add(batch, row_losses, _flops(on_host, config))
         losses.append(row_losses)
     result = engine.step()
     run.meters.end_step(fill=work.fill, skipped=not result.applied)
@@ -141,6 +141,12 @@ def train_step(run: Training, work: StepBatches, totals: Totals) -> StepResult |
     if not result.applied:
         _report_skip(run, work, losses)
     return result
+
+
+def _flops(batch: Batch, config: RunConfig) -> float:
+    parts = training_flops(work_of(batch, config.media), config.model, config.media, config.tuned)
+    tower = config.objective.tower
+    return sum(flops for part, flops in parts.items() if tower is None or part in TOWER_PARTS[tower])
 
 
 def _report_skip(run: Training, work: StepBatches, losses: list[torch.Tensor]) -> None:
@@ -204,7 +210,7 @@ def _log(run: Training, work: StepBatches, result: StepResult | None, *, evaluat
     )
     if evaluate:
         with run.meters.paused():
-            held_out = run.evaluate()
+            held_out = run.evaluate(work.step)
         if held_out:
             record["held_out"] = held_out
     run.last_record = record

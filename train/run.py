@@ -17,14 +17,15 @@ from train.banner import describe_data, describe_run, describe_sample, module_si
 from train.checkpoint import PieceReader, copy_weights, newest_checkpoint, restore_checkpoint
 from train.compose import readable_errors
 from train.config import Precision, RunConfig
-from train.data import Tables, build_encoder, build_loader, build_planner, load_tables
+from train.data import Tables, build_encoder, build_loader, build_planner, load_held_out, load_tables
 from train.engine import Engine, build_engine, start_engine
-from train.evaluate import HeldOut
 from train.flops import peak_flops
 from train.folder import RunFolder
+from train.held_out import EVALUATION, HeldOut
 from train.loop import Preempted, Training, train, write_ledger
 from train.meters import Meters
 from train.model.omni import build_model
+from train.model.stand_in import HEADS, MODEL_OF
 from train.sinks import Sink, SinkRun, build_sinks, keep_until
 
 EXIT_PREEMPTED = 75
@@ -47,7 +48,7 @@ def run(config: RunConfig) -> None:
 def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
     started = time.time()
     torch.manual_seed(config.seed)
-    model = build_model(config.model, config.media, config.seed)
+    model = build_model(config.model, config.media, config.seed, MODEL_OF[config.objective.value])
     model.set_tuned(config.tuned)
     sizes = module_sizes(model)
     engine = build_engine(config, accelerator, model)
@@ -55,10 +56,10 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
         folder.create(config)
     encoder = build_encoder(config)
     tables = load_tables(config, engine, encoder, "train")
-    held_out = load_tables(config, engine, encoder, "held_out")
+    held_out, answered = load_held_out(config, engine, encoder)
     _check_held_out(config, held_out)
     planner = build_planner(config, tables, epochs=_epochs(config))
-    total_steps = config.train.steps or planner.num_steps()
+    total_steps = config.num_steps or planner.num_steps()
     assert total_steps is not None
     training = Training(
         config=config,
@@ -67,7 +68,7 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
         meters=Meters([table.name for table in tables.tables], engine.device, peak=_peak(config, engine)),
         ledger=Ledger(),
         folder=folder,
-        evaluate=HeldOut(config, engine, held_out, encoder),
+        evaluate=HeldOut(config, engine, held_out, answered, encoder, folder.path / "eval"),
         total_steps=total_steps,
         quarantined=tables.quarantined + held_out.quarantined,
     )
@@ -81,7 +82,7 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
         training.sinks = _open_sinks(training)
     checkpoint = _train_or_exit(training)
     if engine.is_main:
-        facts = _facts(training, tables, parent, time.time() - started)
+        facts = _facts(training, tables, held_out, parent, time.time() - started)
         stage.write_final(config, folder.final, checkpoint, parent[0] if parent else None, facts)
     _close(training)
     if engine.is_main:
@@ -89,10 +90,12 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
 
 
 def _check_held_out(config: RunConfig, held_out: Tables) -> None:
-    if config.eval.every and not held_out.tables:
-        raise ValueError(
-            f"eval.every={config.eval.every}: no sample is held out. Set data.holdout, or eval.every=0."
-        )
+    for name in ("every", "samples"):
+        value = getattr(config.eval, name)
+        if value and not held_out.tables:
+            raise ValueError(
+                f"eval.{name}={value}: no sample is held out. Set data.holdout, or eval.{name}=0."
+            )
 
 
 def _open_sinks(training: Training) -> list[Sink]:
@@ -119,7 +122,7 @@ def _close(training: Training) -> None:
 
 
 def _epochs(config: RunConfig) -> float | None:
-    if config.train.steps is not None:
+    if config.num_steps is not None:
         return None
     return config.train.epochs or 1.0
 
@@ -138,7 +141,7 @@ def _begin(training: Training, planner: Planner, parent) -> str:
     if newest is None:
         if parent is None:
             return "RANDOM WEIGHTS: neither init_from nor a checkpoint was given, so nothing is known yet."
-        copy_weights(training.engine, parent[0])
+        copy_weights(training.engine, parent[0], fresh=HEADS)
         return f"Weights of {training.config.init_from} (stage {parent[1]['stage']})."
     reader = PieceReader(newest)
     restore_checkpoint(training.engine, reader)
@@ -156,14 +159,26 @@ def _begin(training: Training, planner: Planner, parent) -> str:
     return f"Goes on after step {training.step} from {newest}."
 
 
-def _facts(training: Training, tables: Tables, parent, seconds: float) -> dict[str, Any]:
+def _index_digests(config: RunConfig, tables: Tables, held_out: Tables) -> dict[str, str]:
+    """Returns the digest of every source's index by the source's config path."""
+    sources = {f"data.sources.{name}": folder for name, folder in tables.folders.items()}
+    for name, folder in held_out.folders.items():
+        if name in config.data.held_out:  # the others are shares of training sources
+            sources[f"data.held_out.{name}"] = folder
+    return {where: folder.digest for where, folder in sources.items()}
+
+
+def _facts(training: Training, tables: Tables, held_out: Tables, parent, seconds: float) -> dict[str, Any]:
     record = training.last_record
     kept = ("loss", "loss_by_source", "loss_by_modality", "held_out")
+    evaluation = record.get("held_out", {})
     return {
         "steps": training.total_steps,
         "data_digest": tables.digest,
+        "data_index_digests": _index_digests(training.config, tables, held_out),
         "parent": stage.describe_parent(training.config, parent[1] if parent else None),
         "metrics": {name: record[name] for name in kept if name in record},
+        "evaluation": {name: evaluation[name] for name in EVALUATION if name in evaluation},
         "samples": {"good": training.good, "bad": training.bad},
         "seconds": round(seconds, 1),
     }

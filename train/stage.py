@@ -15,6 +15,8 @@ from train.checkpoint import PieceReader
 from train.compose import to_yaml
 from train.config import RunConfig
 from train.model.omni import module_of
+from train.model.stand_in import HEADS
+from train.parent import read_parent, tokenizer_digest
 from train.weights import WeightReader, sync, write_weights
 
 
@@ -22,30 +24,12 @@ def open_parent(config: RunConfig) -> tuple[WeightReader, dict[str, Any]] | None
     """Returns the parent's weights and stage.json, or None without `init_from`.
 
     Raises:
-        ValueError: the parent is missing, unfinished, of a stage or model that does not fit.
+        ValueError: the parent is missing, unfinished, or does not fit (train/parent.py).
     """
-    if config.init_from is None:
+    stage = read_parent(config)
+    if stage is None or config.init_from is None:
         return None
-    run = Path(config.init_from)
-    if not run.is_dir():
-        raise ValueError(f"init_from={run}: there is no such folder. Name the run of an earlier stage.")
-    stage_file = run / "final" / "stage.json"
-    if not stage_file.is_file():
-        raise ValueError(
-            f"init_from={run}: its stage is not complete (no final/stage.json). Finish it first."
-        )
-    stage = json.loads(stage_file.read_text())
-    if stage["stage"] not in config.parents:
-        raise ValueError(
-            f"init_from={run}: is the result of {stage['stage']}, but {config.stage} starts from "
-            f"{', '.join(config.parents)}. Name such a run, or change parents."
-        )
-    if stage["model"] != config.model.name:
-        raise ValueError(
-            f"init_from={run}: holds model {stage['model']}, but model={config.model.name} was asked for. "
-            f"Use model={stage['model']}."
-        )
-    return WeightReader(run / "final"), stage
+    return WeightReader(Path(config.init_from) / "final"), stage
 
 
 def describe_parent(config: RunConfig, stage: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -107,7 +91,8 @@ def write_final(
         "tuned": [name for name, on in tuned.items() if on],
         "frozen": [name for name, on in tuned.items() if not on],
         "config_digest": config_digest(config),
-        "weights_digest": write_weights(weights, partial),
+        "tokenizer_digest": tokenizer_digest(config),
+        "weights_digest": write_weights(weights, partial, leave_out=HEADS),
         "versions": versions(),
         **facts,
     }

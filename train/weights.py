@@ -37,12 +37,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_weights(reader, folder: Path) -> str:
+def write_weights(reader, folder: Path, leave_out: tuple[str, ...] = ()) -> str:
     """Merges a checkpoint's pieces into sharded safetensors with an index, and returns their digest.
 
-    Holds one shard in memory at a time. `reader` is a `train.checkpoint.PieceReader`.
+    Holds one shard in memory at a time. `reader` is a `train.checkpoint.PieceReader`; weights whose
+    names begin with one of `leave_out` are not written.
     """
-    shards = _plan_shards(reader)
+    shards = _plan_shards(reader, leave_out)
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, start=1):
@@ -57,10 +58,12 @@ def write_weights(reader, folder: Path) -> str:
     return weights_digest(folder)
 
 
-def _plan_shards(reader) -> list[list[str]]:
+def _plan_shards(reader, leave_out: tuple[str, ...]) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name in reader.names():
+        if name.startswith(leave_out):
+            continue
         wanted = 4 * torch.Size(reader.shapes[name]).numel()
         if shards[-1] and size + wanted > SHARD_BYTES:
             shards.append([])

@@ -11,7 +11,7 @@ import pytest
 from data import count_cache
 from data.config import DataConfig, Oversize, PackConfig, SourceConfig
 from data.count_cache import count_folder, count_shard
-from data.counts import _is_held_out
+from data.counts import _is_held_out, build_tables
 from data.encode import Encoder
 from data.index import ShardIndex, load_folder
 from data.shards import ShardReader
@@ -202,7 +202,7 @@ def test_sample_with_any_wanted_tag_is_taken(tmp_path):
     tables = tables_of(data_config(one, two, tags=["caption", "zh"]))
     assert [len(table) for table in tables.tables] == [4, 3]
     with pytest.raises(ValueError) as error:
-        tables_of(data_config(one, two, tags=["caption"]))
+        tables_of(data_config(one, tags=["caption"]))
     assert str(error.value) == (
         "data.tags=[caption]: no sample of source 'one' has this tag. "
         "Known tags: ocr, zh. Use data.tags=[] to take all."
@@ -211,6 +211,44 @@ def test_sample_with_any_wanted_tag_is_taken(tmp_path):
     config.sources["one"].tags = ["en"]
     with pytest.raises(ValueError, match=r"^data\.sources\.one\.tags=\[en\]: no sample"):
         tables_of(config)
+
+
+def test_source_without_the_tags_of_the_stage_is_left_to_other_stages(tmp_path):
+    one = prepare_folder(tmp_path, [record(n) for n in range(4)], tmp_path / "one", tags="ocr,zh")
+    two = prepare_folder(tmp_path, [record(n) for n in range(3)], tmp_path / "two", tags="caption")
+    config = data_config(one, two, tags=["caption"])
+    tables = tables_of(config)
+    assert [(table.name, len(table)) for table in tables.tables] == [("two", 3)]
+    assert tables.report["one"]["excluded"] == {"tags": 4}
+    config.sources["two"].tags = ["en"]  # a source that nobody can ever use is a mistake
+    with pytest.raises(ValueError, match=r"^data\.sources\.two\.tags=\[en\]: no sample"):
+        tables_of(config)
+
+
+def test_sources_for_evaluation_are_taken_whatever_the_tags_of_the_stage(tmp_path):
+    train = prepare_folder(tmp_path, [record(n) for n in range(6)], tmp_path / "train", tags="caption")
+    exam = prepare_folder(tmp_path, [record(n) for n in range(8)], tmp_path / "exam", tags="ocr")
+    config = data_config(train, tags=["caption"], held_out={"exam": SourceConfig(path=exam)})
+    assert [len(table) for table in tables_of(config, "held_out").tables] == [8]
+    encoder = Encoder(config, MEDIA, TOKENIZER)
+    with pytest.raises(ValueError, match=r"^data\.tags=\[caption\]: no sample of source 'exam'"):
+        build_tables(
+            config,
+            MEDIA,
+            encoder,
+            split="held_out",
+            cost=lambda length, patches, frames: length,
+            takes=lambda modality: True,
+            evaluates_all=False,
+        )
+
+
+def test_share_of_training_sources_is_filtered_by_tags_and_needs_a_name_of_its_own(tmp_path):
+    path = prepare_folder(tmp_path, [record(n) for n in range(9)], tmp_path / "train", tags="caption")
+    held = {"train": SourceConfig(path=path)}
+    assert [len(t) for t in tables_of(data_config(path, held_out=held), "held_out").tables] == [9]
+    with pytest.raises(ValueError, match=r"^data\.held_out\.train: is the name of a training source"):
+        tables_of(data_config(path, held_out=held, holdout=0.5), "held_out")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def test_a_conversation_opens_with_the_default_system_turn():
     assert whole(rendered) == SYSTEM + turn("user", "Hi") + turn("assistant", "Hello")
 
 
+def test_an_empty_default_means_no_system_turn():
+    spoken = [Message("user", [text("Hi")]), Message("assistant", [text("Hello")])]
+    rendered = render(spoken, {}, TemplateConfig(system=""), TOKENIZER)
+    assert whole(rendered) == turn("user", "Hi") + turn("assistant", "Hello")
+
+
 def test_its_own_system_turn_replaces_the_default():
     rendered = write(("system", [text("S")]), ("user", [text("Hi")]), ("assistant", [text("Hello")]))
     assert whole(rendered) == turn("system", "S") + turn("user", "Hi") + turn("assistant", "Hello")

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (ROOT / "configs/model").glob("*.yaml"))
 TUNED = {
+    "demo_text": {"llm"},
+    "demo_vision": {"vision_encoder"},
+    "demo_audio": {"audio_encoder"},
     "vision_align": {"vision_proj"},
     "vision_tune": {"vision_encoder", "vision_proj"},
     "audio_align": {"audio_proj"},
@@ -45,7 +48,8 @@ def mistakes(*words: str) -> list[str]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_with_every_model(recipe, model):
-    config = config_of(f"recipe={recipe}", f"model={model}")
+    data = "data=demo" if recipe.startswith("demo_") else "data=folder"
+    config = config_of(f"recipe={recipe}", f"model={model}", data)
     assert config.stage == recipe and config.model.name == model
     assert {name for name, on in config.tuned.items() if on} == TUNED[recipe]
     assert config.run == f"runs/{recipe}"

@@ -1,59 +1,101 @@
-"""Held-out loss: of samples that never train, the same for any number of ranks."""
+"""Evaluation on demand: what a run left behind gives the numbers that the run itself found."""
+
+import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-from tests.train.launching import SMALL, launch
+from tests.train.launching import ROOT, SMALL, environment, launch
+from train.evaluate import read_request
 
-WORDS = (*SMALL, "train.steps=4", "train.packs_per_step=2", "optim.lr=1e-3", "eval.every=2", "log.every=4")
-
-
-def test_held_out_loss_is_logged_when_due_and_does_not_depend_on_ranks(tmp_path, mixed_shards):
-    words = (*WORDS, f"data.path={mixed_shards}", "data.holdout=0.3")
-    alone = launch(tmp_path / "alone", *words)
-    assert [record["step"] for record in alone.records] == [1, 2, 4]
-    assert "held_out" not in alone.records[0]
-    first, last = (record["held_out"] for record in alone.records[1:])
-    assert set(first) == {"loss", "loss_by_source", "loss_by_modality", "samples", "bad_samples"}
-    assert first["samples"] > 5 and first["bad_samples"] == 0
-    assert last["loss"] < first["loss"]
-    assert alone.stage["metrics"]["held_out"] == last
-    spread = launch(tmp_path / "spread", *words, "zero=zero3", processes=2)
-    for ours, theirs in zip(spread.records[1:], alone.records[1:]):
-        assert ours["held_out"]["loss"] == pytest.approx(theirs["held_out"]["loss"], rel=1e-5)
-        for kind in ("loss_by_source", "loss_by_modality"):
-            assert ours["held_out"][kind] == pytest.approx(theirs["held_out"][kind], rel=1e-5)
+WORDS = (*SMALL, "train.steps=2", "train.packs_per_step=2", "optim.lr=1e-3", "eval.max_new_tokens=5")
 
 
-def test_evaluating_changes_nothing_of_the_training(tmp_path, text_shards):
-    words = (
-        *SMALL,
-        f"data.path={text_shards}",
-        "data.holdout=0.3",
-        "train.steps=4",
-        "train.packs_per_step=2",
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, mixed_shards):
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    words = (f"data.path={mixed_shards}", "data.holdout=0.3", "eval.samples=8")
+    return launch(folder, *WORDS, *words, "+eval.metrics.cer=folder.cer")
+
+
+def evaluate(*words):
+    command = [sys.executable, "-m", "train.evaluate", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_finished_run_and_its_last_checkpoint_give_what_the_run_itself_found(run, tmp_path):
+    done = evaluate(f"run={run.folder}", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    evaluation = run.stage["evaluation"]
+    assert {name: found[name] for name in evaluation} == evaluation
+    answers = "step-00000002.jsonl"
+    assert (run.folder / "evaluate" / answers).read_text() == (run.folder / "eval" / answers).read_text()
+    assert json.loads((run.folder / "evaluate" / "step-00000002.json").read_text()) == found
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run.folder, unfinished, ignore=shutil.ignore_patterns("final", "evaluate"))
+    again = evaluate(f"run={unfinished}", f"out={tmp_path}/out", "eval.samples=2")
+    assert again.returncode == 0, again.stderr
+    found = json.loads((tmp_path / "out" / "step-00000002.json").read_text())
+    assert found["loss_by_source"] == evaluation["loss_by_source"]
+    assert found["answers"]["folder"]["samples"] == 2 and "step 2, held out:" in again.stdout
+
+
+def test_request_is_the_config_of_the_run_with_its_changes(run, text_shards):
+    request = read_request([f"run={run.folder}", "eval.max_new_tokens=9", "zero=zero2"])
+    assert request.out == run.folder / "evaluate"
+    config = request.config
+    assert (config.eval.max_new_tokens, config.eval.samples, config.zero.value) == (9, 8, "zero2")
+    assert config.model.llm.width == 64 and config.eval.metrics == {"cer": "folder.cer"}
+    assert read_request([f"run={run.folder}"]).config.zero.value == "none"
+    assert read_request([f"run={run.folder}", "eval.samples=0"]).config.eval.samples == 200
+    words = ("data=folder", f"data.path={text_shards}", "data.pack.length=512", "out=there")
+    other = read_request([f"run={run.folder}", *words])
+    assert other.config.data.sources["folder"].path == str(text_shards) and str(other.out) == "there"
+    assert other.config.data.holdout == 0.02 and other.config.data.pack.length == 512
+    assert other.config.eval.metrics == {}
+
+
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("eval.sampels=3", "eval.sampels: not a known key. Did you mean 'eval.samples'?"),
+        ("eval.samples=many", "eval.samples: Value 'many'"),
+        ("eval.samples=-1", "eval.samples=-1: must not be negative."),
+        ("data=nowhere", "data='nowhere': there is none of that name. Known: "),
+        ("data.holdout=0.0", "data.held_out: no sample is held out."),
+        ("samples", "samples: is not KEY=VALUE."),
+        ("objective=ctc", "objective=ctc"),
+    ],
+)
+def test_mistakes_are_refused_by_name(run, word, problem):
+    with pytest.raises(ValueError) as error:
+        read_request([f"run={run.folder}", word])
+    assert str(error.value).startswith(problem)
+
+
+def test_run_that_is_none_or_has_no_weights_yet_is_refused_without_a_traceback(run, tmp_path):
+    with pytest.raises(ValueError, match=r"^run: it is not set"):
+        read_request(["eval.samples=3"])
+    done = evaluate(f"run={tmp_path}/none")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr == f"run={tmp_path}/none: holds no config.yaml. Name the folder of a run of train.py.\n"
     )
-    often = launch(tmp_path / "often", *words, "eval.every=1")
-    never = launch(tmp_path / "never", *words, "eval.every=0")
-    assert often.losses == never.losses and often.grad_norms == never.grad_norms
-    assert "held_out" in never.records[-1] and "held_out" not in never.records[0]
+    young = tmp_path / "young"
+    young.mkdir()
+    shutil.copy(run.folder / "config.yaml", young)
+    done = evaluate(f"run={young}")
+    assert done.returncode == 2
+    assert done.stderr == f"run={young}: has no weights yet. Wait for its first checkpoint.\n"
 
 
-def test_sources_for_evaluation_only_and_weighted_sources_are_reported_by_name(
-    tmp_path, mixed_shards, text_shards, picture_shards
-):
-    mine = tmp_path / "configs" / "data" / "mine.yaml"
-    mine.parent.mkdir(parents=True)
-    mine.write_text(
-        "# @package data\n"
-        "sources:\n"
-        f"  texts: {{path: {text_shards}, weight: 1}}\n"
-        f"  mixed: {{path: {mixed_shards}, weight: 3}}\n"
-        f"held_out: {{pictures: {{path: {picture_shards}}}}}\n"
+def test_mistakes_are_refused_before_torch_is_imported(run):
+    code = (
+        "import sys\nfrom train.evaluate import read_request\n"
+        f"read_request(['run={run.folder}'])\nassert 'torch' not in sys.modules"
     )
-    words = (*WORDS, "data=mine", "train.steps=8", f"--config-dir={tmp_path}/configs")
-    run = launch(tmp_path / "run", *words)
-    last = run.records[-1]
-    assert set(last["loss_by_source"]) == {"texts", "mixed"} and set(last["held_out"]["loss_by_source"]) == {
-        "pictures"
-    }
-    assert last["drawn"]["mixed"] > last["drawn"]["texts"] > 0
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

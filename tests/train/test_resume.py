@@ -116,7 +116,7 @@ def test_a_stage_starts_from_its_parent_and_refuses_a_wrong_one(tmp_path, pictur
     )
     assert f"init_from={tmp_path}/align: is the result of vision_align" in wrong.output
     bigger = launch(tmp_path / "bigger", *tune, "model.llm.layers=3", f"init_from={tmp_path}/align", code=2)
-    assert "has no weight llm.model.layers.2" in bigger.output
+    assert "model.llm.layers: 2 there, 3 now" in bigger.output
     assert not (tmp_path / "bigger" / "final").exists()
 
 

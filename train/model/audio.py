@@ -70,12 +70,18 @@ class AudioEncoder(nn.Module):
         self.proj = nn.Linear(config.width, width)
         self.audio_bos_eos_token = nn.Embedding(2, width)
 
-    def forward(self, batch: AudioBatch) -> tuple[Tensor, Tensor]:
-        """Returns the clips' tokens [sum tokens, D], in order, and the bos and eos vectors [2, D]."""
+    def forward(self, batch: AudioBatch, project: bool = True):
+        """Returns the clips' tokens [sum tokens, D], in order, and the bos and eos vectors [2, D].
+
+        Without `project` it is only the features before the projection, [sum tokens, width].
+        """
         x = self._frames(batch) + self.positional_embedding[batch.position_ids]
         segments = (batch.cu_seqlens, batch.max_seqlen)
         x = run_layers(self.blocks, x, segments, self.recompute and self.training)
-        tokens = self.proj(self.ln_post(self._pooled(x, batch.pool)))
+        features = self.ln_post(self._pooled(x, batch.pool))
+        if not project:
+            return features
+        tokens = self.proj(features)
         return tokens, self.audio_bos_eos_token(torch.arange(2, device=tokens.device))
 
     def _frames(self, batch: AudioBatch) -> Tensor:

@@ -138,10 +138,12 @@ class MegrezOmni(nn.Module):
         return _place(x, audio.eos_index, marks[1:].expand(len(audio.eos_index), -1))
 
 
-def build_model(config: ModelConfig, media: MediaConfig, seed: int) -> MegrezOmni:
-    """Returns a model with random fp32 weights on the CPU that depend on `seed` alone."""
+def build_model(
+    config: ModelConfig, media: MediaConfig, seed: int, kind: type[MegrezOmni] = MegrezOmni
+) -> MegrezOmni:
+    """Returns a model with random fp32 weights on the CPU that depend on `seed` (and `kind`) alone."""
     with torch.device("meta"):
-        model = MegrezOmni(config, media)
+        model = kind(config, media)
     model.to_empty(device="cpu")
     torch.manual_seed(seed)
     model.initialise()
