@@ -30,7 +30,8 @@ clean:  ## forgets the virtual environment
 	rm -rf $(VENV)
 
 $(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (some minutes the first time)"
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(STAMP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -154,4 +155,19 @@ class DataConfig:
             found.append(
                 f"sources.{missing[0]}.weight=null: others have a weight. Give every source one, or none."
             )
-        return found
+        return found + trained_on(self.held_out, self.sources)
+
+
+def trained_on(held_out: dict[str, SourceConfig], sources: dict[str, SourceConfig]) -> list[str]:
+    """Returns which held-out sources take samples of training sources, one line each.
+
+    Two sources of the same folder are apart only by tags that they do not share.
+    """
+    return [
+        f"held_out.{name}.path={held.path}: source {other!r} trains on this folder, so this would evaluate "
+        "on training samples. Give both of them tags and no tag to both, or use data.holdout."
+        for name, held in held_out.items()
+        for other, source in sources.items()
+        if os.path.realpath(held.path) == os.path.realpath(source.path)
+        and not (held.tags and source.tags and set(held.tags).isdisjoint(source.tags))
+    ]

@@ -30,11 +30,14 @@ class History:
         """Returns what a stage was started from, where it was."""
         return Origin(**self.origins[name]) if name in self.origins else None
 
-    def start(self, name: str, origin: Origin, goes_on: bool) -> None:
-        """Notes a stage's start. What it had taken without leaving anything is still time that it took."""
+    def start(self, name: str, origin: Origin, *, goes_on: bool, afresh: bool) -> None:
+        """Notes a stage's start: `goes_on` from a checkpoint, or `afresh`, without even a folder.
+
+        What it took before its first checkpoint counts too, unless it was removed since.
+        """
         if not goes_on:
             self.origins[name] = dataclasses.asdict(origin)
-        self.seconds.setdefault(name, 0.0)
+        self.seconds[name] = 0.0 if afresh else self.seconds.get(name, 0.0)
         self.save()
 
     def save(self) -> None:

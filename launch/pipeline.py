@@ -33,12 +33,18 @@ POLL_SECONDS = 0.2
 SAVE_SECONDS = 5.0
 """How often the time a stage has taken is written down, which a kill then costs at most."""
 
+ENDED_AS_ASKED = (EXIT_STOPPED, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
+"""Exit statuses of a stage that ended because it was asked to; a launcher has one of its own."""
+
+SAYS_ASKED = ("asked to stop; saved", "got signal: 15")
+"""What ranks and launcher say when they end because they were asked to."""
+
 EXAMPLES = """\
 words
   key=value          for train.py, in every stage: model=tiny, data=demo, zero=zero2, data.path=DIR
   STAGE:key=value    for one stage: omni_sft:train.steps=1000
   runs=DIR           folder of the stages' runs (runs/PIPELINE)
-  init_from=RUN      what the first stage starts from
+  init_from=RUN      what the first stage starts from; without it random weights, where its recipe allows that
   accelerate=NAME    a file of configs/accelerate, or a path (one: a single process)
   processes=N        processes of this machine, in place of the number in that file
 
@@ -91,7 +97,7 @@ class Pipeline:
 
     def _run_stage(self, stage: Stage) -> int:
         """Runs one stage to its end; returns 0 when its result is there."""
-        with opened_log(stage.log, self.progress.say) as log:
+        with opened_log(stage.log, self.progress.say, lambda: self.stop_asked > 0) as log:
             if self.stop_asked:
                 return self._stopped(stage)
             self._note_start(stage)
@@ -100,19 +106,23 @@ class Pipeline:
             log.flush()
             process = StageProcess(command, log)
             code = self._watch(stage, process)
+        # A launcher that died may leave ranks behind: they are waited for, and ended.
+        with opened_log(stage.log, self.progress.say, lambda: self.stop_asked > 1):
+            pass
         if stage.folder.is_complete:  # judged by what it left, should the launcher stumble at its end
             seconds = self.history.seconds[stage.name]
             self.progress.say(f"{self.progress.head(stage)}: complete after {seconds:.0f} s.")
             return 0
-        if self.stop_asked or code == EXIT_STOPPED:
+        if code == EXIT_STOPPED or (self.stop_asked and ended_as_asked(process, code)):
             return self._stopped(stage)
         return self._failed(stage, process, code)
 
     def _note_start(self, stage: Stage) -> None:
         goes_on = any(stage.folder.checkpoints.glob("step-*/manifest.json"))
         origin = Origin(self.digests[stage.name], parent_weights_digest(stage))
-        self.history.start(stage.name, origin, goes_on)
-        begins = "goes on" if goes_on else "starts"
+        self.history.start(stage.name, origin, goes_on=goes_on, afresh=not stage.folder.path.exists())
+        begins = "starts" if stage.config.init_from else "starts from RANDOM WEIGHTS"
+        begins = "goes on" if goes_on else begins
         self.progress.say(f"{self.progress.head(stage)}: {begins}. Log: {stage.log}")
 
     def _watch(self, stage: Stage, process: StageProcess) -> int:
@@ -161,6 +171,12 @@ class Pipeline:
         write_json(runs / "summary.json", summarize(runs, names, self.history.seconds))
 
 
+def ended_as_asked(process: StageProcess, code: int) -> bool:
+    """Returns whether a stage that was asked to end ended because of that, and did not fail on the way."""
+    said = "\n".join(process.tail(100))
+    return code in ENDED_AS_ASKED or any(text in said for text in SAYS_ASKED)
+
+
 def show_table(request: Request, form: str) -> None:
     """Prints the table of what is complete, without checking or running anything.
 
@@ -184,21 +200,20 @@ def run_pipeline(request: Request, dry: bool) -> int:
     """
     stages = compose_stages(request)
     if dry:
-        check_stages(stages, load_history(request.runs))
+        check_stages(stages, load_history(request.runs), request.world_size)
         for stage in stages:
             note = "  # complete" if stage.folder.is_complete else ""
             print(shlex.join(stage_command(request, stage)) + note)
         return 0
     with locked(request.runs):
         history = load_history(request.runs)
-        digests = check_stages(stages, history)
+        digests = check_stages(stages, history, request.world_size)
         code = Pipeline(request, stages, digests, history, Progress(stages, history)).run()
     if code == 0:
         show_table(request, "table")
-        seconds = format_seconds(sum(history.seconds.get(stage.name, 0.0) for stage in stages))
-        print(
-            f"Complete: {len(stages)} stages in {seconds}. {request.runs}/summary.json holds these numbers."
-        )
+        file = request.runs / "summary.json"
+        seconds = format_seconds(json.loads(file.read_text())["seconds"])
+        print(f"Complete: {len(stages)} stages in {seconds}. {file} holds these numbers.")
     return code
 
 
@@ -223,12 +238,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a pipeline; returns the exit status."""
     options = build_parser().parse_intermixed_args(arguments)
-    with readable_errors():
-        request = read_request(options.pipeline, options.words)
-        if options.form:
-            show_table(request, options.form)
-            return 0
-        return run_pipeline(request, options.dry_run)
+    try:
+        with readable_errors():
+            request = read_request(options.pipeline, options.words)
+            if options.form:
+                show_table(request, options.form)
+                return 0
+            return run_pipeline(request, options.dry_run)
+    except KeyboardInterrupt:  # while a stage runs it is passed on instead
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ from typing import BinaryIO
 PATIENCE_SECONDS = 40.0
 """How long processes of an earlier start may take to end. The launcher gives ranks 30 to save."""
 
+GRACE_SECONDS = 1.0
+"""How long they may take without a word about it."""
+
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal a process gets when the one that started it is gone."""
 
@@ -80,30 +83,34 @@ def _end_with_parent() -> Callable[[], None]:
 
 
 @contextmanager
-def opened_log(path: Path, tell: Callable[[str], None]) -> Iterator[BinaryIO]:
-    """Opens and locks a stage's log for one start, when the last process of an earlier start has ended.
+def opened_log(
+    path: Path, tell: Callable[[str], None], stopped: Callable[[], bool] = lambda: False
+) -> Iterator[BinaryIO]:
+    """Opens and locks a stage's log, when the last process of an earlier start has ended.
+
+    Once `stopped` is true it waits no more: the log may then still be another's.
 
     Raises:
         RuntimeError: such processes live on and cannot be ended from here.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
-        if not _lock(log):
-            _outlive(log, path, tell)
+        if not _lock(log, GRACE_SECONDS):
+            _outlive(log, path, tell, stopped)
         yield log
 
 
-def _outlive(log: BinaryIO, path: Path, tell: Callable[[str], None]) -> None:
+def _outlive(log: BinaryIO, path: Path, tell: Callable[[str], None], stopped: Callable[[], bool]) -> None:
     """Waits for processes of an earlier start: they were told to end and may be saving."""
     tell(f"{path}: processes of an earlier start still end. Waiting for them.")
-    if _lock(log, PATIENCE_SECONDS):
+    if _lock(log, PATIENCE_SECONDS, stopped) or stopped():
         return
     kill_holders(path)
     if not _lock(log, 10.0):
         raise RuntimeError(f"{path}: processes of an earlier start live on. End them and start again.")
 
 
-def _lock(file: BinaryIO, seconds: float = 0.0) -> bool:
+def _lock(file: BinaryIO, seconds: float = 0.0, stopped: Callable[[], bool] = lambda: False) -> bool:
     """Returns whether the lock of an open file could be had within some seconds."""
     end = time.monotonic() + seconds
     while True:
@@ -111,7 +118,7 @@ def _lock(file: BinaryIO, seconds: float = 0.0) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if time.monotonic() >= end:
+            if time.monotonic() >= end or stopped():
                 return False
             time.sleep(0.1)
 

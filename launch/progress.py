@@ -58,23 +58,39 @@ class Progress:
         record = last_record(stage.folder.metrics)
         gone = sum(self._history.seconds.get(each.name, 0.0) for each in self._stages)
         parts = [self.head(stage), *_step_parts(stage, record), f"{format_seconds(gone)} gone"]
-        left = self.seconds_left(stage, record)
-        return "  ".join([*parts, "" if left is None else f"about {format_seconds(left)} left"]).rstrip()
+        return "  ".join([*parts, *self._left(stage, record)])
+
+    def _left(self, stage: Stage, record: dict[str, Any] | None) -> list[str]:
+        everything = self.seconds_left(stage, record)
+        if everything is not None:
+            return [f"about {format_seconds(everything)} left"]
+        own = stage_seconds_left(stage, record) if record else None
+        return [] if own is None else [f"about {format_seconds(own)} left in this stage"]
 
     def seconds_left(self, stage: Stage, record: dict[str, Any] | None) -> float | None:
         """Returns a guess at what all stages will still take; None while it cannot be made.
 
-        Steps of coming stages are taken to last as long as those before, starts and evaluations included.
+        Steps of coming stages are taken to last as long as those so far: of complete stages with their
+        starts and evaluations, of this one without, as its few steps do not outweigh its start.
         """
-        step = record["step"] if record else 0
-        done = self._stages[: self._stages.index(stage)]
-        seconds = sum(self._history.seconds.get(each.name, 0.0) for each in [*done, stage])
-        steps = step + sum((last_record(each.folder.metrics) or {}).get("step", 0) for each in done)
-        own, *coming = [each.config.num_steps or math.nan for each in self._stages[len(done) :]]
-        if not steps or math.isnan(own + sum(coming)):
+        before = self._stages[: self._stages.index(stage)]
+        own, *coming = [each.config.num_steps or math.nan for each in self._stages[len(before) :]]
+        done = [each for each in before if self._history.seconds.get(each.name)]
+        seconds = sum(self._history.seconds[each.name] for each in done)
+        steps = sum((last_record(each.folder.metrics) or {}).get("step", 0) for each in done)
+        if math.isnan(own + sum(coming)) or not (record or steps):
             return None
-        pace = record["seconds_per_step"] if record else seconds / steps
-        return (own - step) * pace + sum(coming) * seconds / steps
+        step, pace = (record["step"], record["seconds_per_step"]) if record else (0, seconds / steps)
+        return (own - step) * pace + sum(coming) * (seconds + step * pace) / (steps + step)
+
+
+def stage_seconds_left(stage: Stage, record: dict[str, Any]) -> float | None:
+    """Returns a guess at what the steps of one stage will still take; None while it cannot be made."""
+    step, pace, total = record["step"], record["seconds_per_step"], stage.config.num_steps
+    if total:
+        return (total - step) * pace
+    share = record["epoch"] / (stage.config.train.epochs or 1.0)
+    return max(0.0, step * pace * (1 / share - 1)) if share else None
 
 
 def _step_parts(stage: Stage, record: dict[str, Any] | None) -> list[str]:
@@ -83,7 +99,10 @@ def _step_parts(stage: Stage, record: dict[str, Any] | None) -> list[str]:
     total = stage.config.num_steps
     parts = [f"step {record['step']}" + (f"/{total}" if total else "")]
     parts += [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
-    return [*parts, "evaluates and saves"] if record["step"] == total else parts
+    # The record of the last step is written after the evaluation: who waits must be told before.
+    if total and total - record["step"] <= stage.config.log.every:
+        parts.append("saves" if record["step"] == total else "then evaluates and saves")
+    return parts
 
 
 def last_record(metrics: Path) -> dict[str, Any] | None:

@@ -20,8 +20,13 @@ TAKEN = {
 }
 """Keys of a run that a pipeline sets itself, and what to say to those who set them."""
 
-OWN = ("runs", "init_from", "accelerate", "processes")
-"""Keys that are for the pipeline itself."""
+OWN = {
+    "runs": "one folder holds all stages. Use runs=FOLDER",
+    "init_from": "stages start from the one before. Use init_from=RUN for the first",
+    "accelerate": "all stages are started alike. Use accelerate=NAME",
+    "processes": "all stages are started alike. Use processes=N",
+}
+"""Keys that are for the pipeline itself, and what to say to those who set them for a stage."""
 
 ONE_PROCESS = "one"
 """The file of configs/accelerate/ that starts a single process, which needs no launcher."""
@@ -31,7 +36,8 @@ ONE_PROCESS = "one"
 class Request:
     """A pipeline's command line. `words` are for every stage, `stage_words` for one of them.
 
-    `num_processes` None leaves their number to the accelerate config; that is None for one process.
+    `num_processes` None leaves their number to the accelerate config; that is None where `train.py` is
+    started without a launcher. `world_size` is the number of ranks that there will be.
     """
 
     pipeline: Path
@@ -41,6 +47,7 @@ class Request:
     init_from: str | None = None
     accelerate: Path | None = None
     num_processes: int | None = None
+    world_size: int = 1
 
 
 def read_request(pipeline: str, words: list[str]) -> Request:
@@ -55,10 +62,11 @@ def read_request(pipeline: str, words: list[str]) -> Request:
     for word in words:
         stage, text = _split_stage(word)
         key, equals, value = text.partition("=")
+        refused = refuse_key(key, TAKEN | OWN if stage else TAKEN)
         if not equals and not key.startswith("~"):
             found.append(f"{word}: is no key=value. Write it as train.steps=100, for example.")
-        elif key in TAKEN:
-            found.append(f"{word}: {TAKEN[key]}.")
+        elif refused:
+            found.append(f"{word}: {refused}.")
         elif key in OWN and not stage:
             own[key] = value
         else:
@@ -71,6 +79,14 @@ def read_request(pipeline: str, words: list[str]) -> Request:
     if found:
         raise ValueError("\n".join(found))
     return request
+
+
+def refuse_key(key: str, taken: dict[str, str]) -> str:
+    """Returns what to say to those who set a key that the pipeline sets itself; nothing for others.
+
+    Hydra's `+`, `++` and `~` before a key change nothing of that.
+    """
+    return taken.get(key.lstrip("+~"), "")
 
 
 def _split_stage(word: str) -> tuple[str, str]:
@@ -100,9 +116,9 @@ def _take_accelerate(own: dict[str, str], request: Request) -> None:
         raise ValueError(
             f"accelerate={name}: is for several machines. Start train.py on each of them, a stage at a time."
         )
-    if content.get("num_processes", 1) > 1:
-        request.accelerate = file
-    elif (request.num_processes or 1) > 1:
+    request.accelerate = None if name == ONE_PROCESS else file
+    request.world_size = request.num_processes or content.get("num_processes", 1)
+    if content.get("num_processes", 1) == 1 and request.world_size > 1:
         raise ValueError(
             f"processes={request.num_processes}: accelerate={name} starts one. "
             "Use accelerate=cpu2 or accelerate=gpus."

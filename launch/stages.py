@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.mistakes import gather
-from launch.request import Request, read_yaml
+from launch.request import OWN, TAKEN, Request, read_yaml, refuse_key
 from train.compose import compose_words, nearest
 from train.config import RunConfig
 from train.folder import RunFolder
@@ -65,10 +65,27 @@ def _entry(path: Path, item: Any) -> Entry:
         if key not in KEYS:
             hint = f"{nearest(str(key), list(KEYS))} Known: {', '.join(KEYS)}."
             raise ValueError(f"{path}: stages.{key}: not a known key.{hint}")
+    name = item.get("name", item["recipe"])
+    if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
+        raise ValueError(f"{path}: stages.name={name}: is no name. Use letters, digits and underscores.")
+    return Entry(item["recipe"], name, _only_with(path, item), _overrides(path, item))
+
+
+def _only_with(path: Path, item: dict[str, Any]) -> str | None:
+    word = item.get("only_with")
+    if word is not None and not isinstance(word, str):
+        raise ValueError(f"{path}: stages.only_with={word}: is no word. Write data=demo.")
+    return word
+
+
+def _overrides(path: Path, item: dict[str, Any]) -> list[str]:
     words = item.get("overrides") or []
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"{path}: stages.overrides={words}: is no list of words. Write [train.steps=100].")
-    return Entry(item["recipe"], item.get("name") or item["recipe"], item.get("only_with"), words)
+    for word in words:
+        if refused := refuse_key(word.partition("=")[0], TAKEN | OWN):
+            raise ValueError(f"{path}: stages.overrides: {word}: {refused}.")
+    return words
 
 
 def _chosen_entries(request: Request) -> list[Entry]:

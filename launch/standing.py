@@ -12,8 +12,8 @@ from data.index import load_folder
 from launch.history import History, Origin
 from launch.mistakes import gather
 from launch.stages import Stage
-from train.compose import to_plain
-from train.parent import read_parent, refuse_model, refuse_stage, tokenizer_digest
+from train.compose import refuse_metrics, refuse_world, to_plain
+from train.parent import read_parent, refuse_model, refuse_random, refuse_stage, tokenizer_digest
 
 
 @dataclass(slots=True)
@@ -39,43 +39,64 @@ class Indexes:
         return known
 
 
-def check_stages(stages: list[Stage], history: History) -> dict[str, dict[str, str]]:
+def check_stages(stages: list[Stage], history: History, world_size: int) -> dict[str, dict[str, str]]:
     """Checks every stage's parent, data and what its folder holds; returns the digests of its data.
+
+    `world_size` is the number of ranks that will run what is not complete.
 
     Raises:
         ValueError: with what differs, for all stages together.
     """
     indexes = Indexes()
     previous = [None, *stages[:-1]]
+
+    def check(stage: Stage, before: Stage | None) -> dict[str, str]:
+        digests, found = _digests(stage, indexes)
+        found += _refusals_of_config(stage, world_size) + _refusals_of_folder(stage)
+        found += _refusals_of_origin(stage, digests, history) + _refusals_of_parent(stage, before)
+        if found:
+            raise ValueError("\n".join(found))
+        return digests
+
     digests = gather(
         [
-            (stage.name, lambda stage=stage, before=before: _check(stage, before, indexes, history))
+            (stage.name, lambda stage=stage, before=before: check(stage, before))
             for stage, before in zip(stages, previous)
         ]
     )
     return {stage.name: digest for stage, digest in zip(stages, digests)}
 
 
-def _check(stage: Stage, before: Stage | None, indexes: Indexes, history: History) -> dict[str, str]:
+def _refusals_of_config(stage: Stage, world_size: int) -> list[str]:
+    """Returns what the config alone tells of what would stop the stage later."""
+    config = stage.config
+    found = _caught(lambda: tokenizer_digest(config))
+    if stage.folder.is_complete:
+        return found
+    shares = config.data.sources if config.data.holdout else {}
+    return found + refuse_world(config, world_size) + refuse_metrics(config, [*shares, *config.data.held_out])
+
+
+def _refusals_of_origin(stage: Stage, digests: dict[str, str], history: History) -> list[str]:
     origin = _origin(stage, history)
-    digests, found = _digests(stage, indexes)
-    found += _caught(lambda: tokenizer_digest(stage.config))
-    found += _refusals_of_folder(stage) + _refusals_of_data(stage, digests, origin)
-    found += _refusals_of_weights(stage, origin)
-    if before is not None:
-        found += _refusals_of_fit(stage, before)
+    return _refusals_of_data(stage, digests, origin) + _refusals_of_weights(stage, origin)
+
+
+def _refusals_of_parent(stage: Stage, before: Stage | None) -> list[str]:
+    """Returns why the stage cannot start from the one before it, or from what the first one starts from."""
+    found = _refusals_of_fit(stage, before) if before else []
+    if before is None and stage.config.init_from is None:
+        return refuse_random(stage.config)
     if before is None or before.folder.is_complete:
         found += _caught(lambda: read_parent(stage.config))
-    if found:
-        raise ValueError("\n".join(found))
-    return digests
+    return found
 
 
 def _origin(stage: Stage, history: History) -> Origin | None:
     """Returns what a stage was made from; None where nothing is there that would be kept."""
     if stage.folder.is_complete:
         facts = json.loads(stage.folder.stage_file.read_text())
-        return Origin(facts["data_index_digests"], (facts["parent"] or {}).get("weights_digest"))
+        return Origin(facts.get("data_index_digests", {}), (facts["parent"] or {}).get("weights_digest"))
     begun = any(stage.folder.checkpoints.glob("step-*/manifest.json"))
     return history.origin(stage.name) if begun else None
 
@@ -149,7 +170,9 @@ def _refusals_of_weights(stage: Stage, origin: Origin | None) -> list[str]:
 
 def parent_weights_digest(stage: Stage) -> str | None:
     """Returns the digest of the weights that a stage starts from; None where there are none yet."""
-    file = Path(stage.config.init_from or "") / "final" / "stage.json"
+    if stage.config.init_from is None:
+        return None
+    file = Path(stage.config.init_from) / "final" / "stage.json"
     return json.loads(file.read_text())["weights_digest"] if file.is_file() else None
 
 

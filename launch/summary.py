@@ -12,17 +12,19 @@ SEPARATOR = "  "
 def summarize(runs: Path, names: list[str], seconds: dict[str, float]) -> dict[str, Any]:
     """Returns the content of summary.json: the complete stages in order, and the seconds of all.
 
-    Units: wall time of all starts of a stage, with loading, evaluation and saving.
+    Units: wall time of all starts of a stage, with loading, evaluation and saving; of a stage that no
+    pipeline ran, those of its own stage.json.
     """
     stages = []
     for name in names:
         file = runs / name / "final" / "stage.json"
         if file.is_file():
-            found = json.loads(file.read_text()).get("evaluation", {})
+            facts = json.loads(file.read_text())
+            found = facts.get("evaluation", {})
             stages.append(
                 {
                     "name": name,
-                    "seconds": round(seconds.get(name, 0.0), 1),
+                    "seconds": round(seconds[name] if name in seconds else facts.get("seconds", 0.0), 1),
                     "metrics": found.get("metrics", {}),
                     "blank_metrics": found.get("blank_metrics", {}),
                 }

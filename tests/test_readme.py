@@ -6,6 +6,7 @@ parsed.
 """
 
 import ast
+import functools
 import itertools
 import json
 import os
@@ -26,6 +27,9 @@ from omegaconf import OmegaConf
 from data.config import SourceConfig
 from data.formats import FORMATS, MediaSource, read_record
 from data.sample import Part
+from launch.pipeline import build_parser
+from launch.request import read_request
+from launch.stages import Stage, compose_stages
 from tests.records import jpeg, wav
 from tests.train.launching import Finished, environment
 from train.compose import register, to_run_config
@@ -183,8 +187,19 @@ def test_every_shell_command_of_a_page_is_accepted(page, copy):
             if not any(word.startswith("data") for word in settings):
                 settings.append("data.path=somewhere")
             config_of(copy, settings)
+        elif words[:3] == ["python", "-m", "launch.pipeline"]:
+            assert compose_pipeline(words[3:])
         elif words[:2] == ["python", "-m"]:
             assert words[2] in MODULE_COMMANDS
+
+
+def compose_pipeline(words: list[str]) -> list[Stage]:
+    """Returns the stages of a pipeline's command line; data=mine, which a reader writes, is the example."""
+    options = build_parser().parse_intermixed_args(words)
+    settings = [word.replace("data=mine", "data=example") for word in options.words]
+    if not any(word.startswith("data") for word in settings):
+        settings.append("data.path=somewhere")
+    return compose_stages(read_request(options.pipeline, settings))
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +213,7 @@ def known_options(copy):
     return found
 
 
+@functools.cache
 def help_of(module: str) -> str:
     command = [sys.executable, "-m", module, "--help"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

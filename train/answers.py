@@ -6,8 +6,9 @@ length share a batch; every rank has equally many batches, so that weights sprea
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from data.counts import Tables
 from data.encode import Encoder
 from data.plan import SourceTable
 from data.prompt import Prompt, PromptReader
-from data.sample import Batch, SampleRef
+from data.sample import Batch, Dropped, SampleRef
 from train.config import EvalConfig, Precision
 from train.engine import Engine
 from train.generate import generate
@@ -24,6 +25,9 @@ from train.measures import Score, corpus_scores, score
 
 STOPS = ("<|turn_end|>", "<|eos|>")
 """Special tokens that end an answer."""
+
+MOST_ROWS = 16
+"""Prompts that are answered together have at most the tokens of this many rows of training."""
 
 
 @dataclass(slots=True)
@@ -52,6 +56,13 @@ class Answer:
         }
 
 
+class Answered(NamedTuple):
+    """All answers, in the order of the tables, and how many samples have none, by source and cause."""
+
+    answers: list[Answer]
+    not_answered: dict[str, dict[str, int]]
+
+
 class Answering:
     """Has an engine answer the first `eval.samples` samples of every held-out source."""
 
@@ -63,22 +74,35 @@ class Answering:
         self.tokenizer = encoder.tokenizer
         self.stop = frozenset(encoder.tokenizer.special(name) for name in STOPS)
 
-    def __call__(self) -> list[Answer]:
-        """Returns all answers, on every rank, in the order of the tables."""
+    def __call__(self) -> Answered:
+        """Returns all answers, the same on every rank."""
         engine, config = self.engine, self.config
+        most_tokens = MOST_ROWS * engine.config.data.pack.length
         rounds = deal_prompts(
-            self.tables.tables, config.samples, config.batch, engine.rank, engine.world_size
+            self.tables.tables, config.samples, config.batch, most_tokens, engine.rank, engine.world_size
         )
         hidden = None if engine.is_main else True  # None: shown on a terminal only
-        mine: list[Answer] = []
+        answers: list[Answer] = []
+        dropped: list[Dropped] = []
         for refs, media in tqdm(rounds, desc="answers", unit="batch", leave=False, disable=hidden):
-            mine += self._answer(refs, blanked=media and config.blank)
-        # Where ranks outnumber prompts, some share one: the same answer twice.
-        found = {answer.prompt.ref: answer for part in engine.gather_objects(mine) for answer in part}
-        places = {table.name: place for place, table in enumerate(self.tables.tables)}
-        return sorted(found.values(), key=lambda answer: _order(answer.prompt.ref, places))
+            found, lost = self._answer(refs, blanked=media and config.blank)
+            answers += found
+            dropped += lost
+        return self._gather(answers, dropped)
 
-    def _answer(self, refs: list[SampleRef], *, blanked: bool) -> list[Answer]:
+    def _gather(self, answers: list[Answer], dropped: list[Dropped]) -> Answered:
+        # Where ranks outnumber prompts, some share one: the same answer twice, or the same fault.
+        parts = self.engine.gather_objects((answers, dropped))
+        found = {answer.prompt.ref: answer for part, _ in parts for answer in part}
+        lost = {(item.source, item.shard, item.key): item.cause for _, part in parts for item in part}
+        places = {table.name: place for place, table in enumerate(self.tables.tables)}
+        ordered = sorted(found.values(), key=lambda answer: _order(answer.prompt.ref, places))
+        not_answered: dict[str, Counter[str]] = {}
+        for source, shard, key in sorted(lost):
+            not_answered.setdefault(source, Counter())[lost[source, shard, key]] += 1
+        return Answered(ordered, {source: dict(causes) for source, causes in not_answered.items()})
+
+    def _answer(self, refs: list[SampleRef], *, blanked: bool) -> tuple[list[Answer], list[Dropped]]:
         work = self.reader.read(refs, blanked=blanked)
         answers = [
             Answer(prompt, output, score(prompt.reference, output))
@@ -89,7 +113,7 @@ class Answering:
             for answer, row in zip(answers, work.blank_rows):
                 answer.blank_output = outputs[row]
                 answer.blank_score = score(answer.prompt.reference, outputs[row])
-        return answers
+        return answers, work.batch.dropped
 
     def _generate(self, batch: Batch) -> list[str]:
         engine = self.engine
@@ -113,11 +137,13 @@ def _order(ref: SampleRef, places: dict[str, int]) -> tuple[int, int, int]:
 
 
 def deal_prompts(
-    tables: list[SourceTable], samples: int, batch: int, rank: int, world_size: int
+    tables: list[SourceTable], samples: int, batch: int, most_tokens: int, rank: int, world_size: int
 ) -> list[tuple[list[SampleRef], bool]]:
     """Returns the batches of one rank, each with whether its prompts hold media.
 
-    All ranks have equally many, of similar length at the same time, and none is empty.
+    A batch has at most `batch` prompts and, padded to the longest, `most_tokens` tokens, unless it is one
+    prompt alone. The longest come first: memory that does not suffice shows at once. All ranks have
+    equally many batches, of similar length at the same time, and none is empty.
     """
     with_media: dict[bool, list[SampleRef]] = {False: [], True: []}
     for table in tables:
@@ -129,10 +155,13 @@ def deal_prompts(
             with_media[media].append(ref)
     rounds = []
     for media, refs in with_media.items():
-        refs.sort(key=lambda ref: ref.length)
-        for start in range(0, len(refs), batch * world_size):
-            shared = refs[start : start + batch * world_size]
+        refs.sort(key=lambda ref: -ref.length)
+        start = 0
+        while start < len(refs):
+            rows = max(1, min(batch, most_tokens // refs[start].length)) * world_size
+            shared = refs[start : start + rows]
             rounds.append((shared[rank::world_size] or shared[:1], media))
+            start += rows
     return rounds
 
 

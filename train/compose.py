@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.config import RunConfig, all_problems
+from train.config import Objective, RunConfig, all_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,6 +62,30 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     if found:
         raise ValueError("\n".join(found))
     return config
+
+
+def refuse_world(config: RunConfig, world_size: int) -> list[str]:
+    """Returns why the packs of a step cannot be shared among so many ranks."""
+    packs = world_size * config.train.micro_batch_packs
+    if config.train.packs_per_step % packs == 0:
+        return []
+    near = max(1, round(config.train.packs_per_step / packs)) * packs
+    return [
+        f"train.packs_per_step={config.train.packs_per_step}: not divisible among {world_size} ranks of "
+        f"train.micro_batch_packs={config.train.micro_batch_packs}. Use {near}."
+    ]
+
+
+def refuse_metrics(config: RunConfig, held_out: list[str]) -> list[str]:
+    """Returns which of `eval.metrics` are on none of the held-out sources, if there are any."""
+    if not held_out or (config.objective is not Objective.next_token and not config.eval.samples):
+        return []
+    return [
+        f"eval.metrics.{name}={place!r}: {source!r} is not a held-out source."
+        f"{nearest(source, held_out)} Known: {', '.join(held_out)}."
+        for name, place in config.eval.metrics.items()
+        if (source := place.rpartition(".")[0]) not in held_out
+    ]
 
 
 def to_yaml(config: RunConfig) -> str:

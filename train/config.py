@@ -277,7 +277,8 @@ class LogConfig:
 class RunConfig:
     """One stage of training: what `--cfg job` prints and `RUN/config.yaml` keeps.
 
-    `parents` are the recipes whose result `init_from` may name.
+    `parents` are the recipes whose result `init_from` may name; `random` among them lets a pipeline
+    begin here.
     """
 
     stage: str = "???"

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from train.compose import refuse_world
 from train.config import Precision, RunConfig
 from train.fragments import (
     Fragment,
@@ -339,7 +340,8 @@ def start_engine(config: RunConfig):
     from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
     world_size = int(os.environ["WORLD_SIZE"])
-    _check_world(config, world_size)
+    if found := refuse_world(config, world_size):
+        raise ValueError("\n".join(found))
     plugin = _plugin(config, world_size) if config.zero.stage else None
     if not torch.cuda.is_available():
         PartialState(cpu=True)  # otherwise accelerate takes every CPU rank for a world of its own
@@ -376,16 +378,6 @@ def _complete_environment() -> None:
         port = probe.getsockname()[1]
     values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(values | {"MASTER_PORT": str(port)})
-
-
-def _check_world(config: RunConfig, world_size: int) -> None:
-    packs = world_size * config.train.micro_batch_packs
-    if config.train.packs_per_step % packs:
-        nearest = max(1, round(config.train.packs_per_step / packs)) * packs
-        raise ValueError(
-            f"train.packs_per_step={config.train.packs_per_step}: not divisible among {world_size} ranks of "
-            f"train.micro_batch_packs={config.train.micro_batch_packs}. Use {nearest}."
-        )
 
 
 def _plugin(config: RunConfig, world_size: int):

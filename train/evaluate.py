@@ -9,6 +9,7 @@ request, so that a mistake in it is refused before torch is imported; train/eval
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.config import DataConfig, trained_on
 from train.compose import compose_words, readable_errors, reword, to_run_config
 from train.config import Objective, RunConfig, Zero
 
@@ -47,11 +49,21 @@ def read_request(words: list[str]) -> Request:
     changes = [word for word in words if word.split("=", 1)[0] not in ("run", "data", "out")]
     if "run" not in chosen:
         raise ValueError("run: it is not set. Set it, as in run=runs/omni_sft.")
+    _check_path(changes, chosen.get("data"))
     folder = Path(chosen["run"])
     config = _config_of(folder, changes, chosen.get("data"))
     _check(config)
     config.eval.samples = config.eval.samples or SAMPLES
     return Request(config, Path(chosen.get("out", folder / "evaluate")))
+
+
+def _check_path(changes: list[str], data: str | None) -> None:
+    for path in (word for word in changes if word.lstrip("+").startswith("data.path=")):
+        if not data:
+            raise ValueError(
+                f"{path}: the run's sources have paths of their own, so it would change nothing. "
+                "Add data=NAME, or set data.held_out.NAME.path."
+            )
 
 
 def _config_of(folder: Path, changes: list[str], data: str | None) -> RunConfig:
@@ -60,15 +72,34 @@ def _config_of(folder: Path, changes: list[str], data: str | None) -> RunConfig:
         raise ValueError(f"run={folder}: holds no config.yaml. Name the folder of a run of train.py.")
     try:
         made_with = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(kept))
+        assert isinstance(made_with, DictConfig)
+        trained = to_run_config(made_with)
         # One process needs nothing spread; several may, with zero=... among the words.
         made_with.merge_with({"run": str(folder), "zero": Zero.none})
         if data:
-            _replace_data(made_with, data, [word for word in changes if word.startswith("data.")])
-        made_with.merge_with_dotlist(changes)
-        assert isinstance(made_with, DictConfig)
-        return to_run_config(made_with)
+            _replace_data(made_with, data, [word for word in changes if word.lstrip("+").startswith("data.")])
+        # A `+`, by which train.py adds a name that a file does not have, says nothing more here. Merged one
+        # by one (`merge_with_dotlist`), words could add no source.
+        made_with.merge_with(OmegaConf.from_dotlist([word.lstrip("+") for word in changes]))
+        config = to_run_config(made_with)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(reword(error)) from error
+    _check_unseen(config.data, trained.data)
+    return config
+
+
+def _check_unseen(data: DataConfig, trained: DataConfig) -> None:
+    """Raises ValueError where samples that count as held out were trained on."""
+    folders = {os.path.realpath(source.path) for source in trained.sources.values()}
+    for name, source in data.sources.items():
+        if data.holdout > trained.holdout and os.path.realpath(source.path) in folders:
+            raise ValueError(
+                f"data.holdout={data.holdout}: source {name!r} was trained on with "
+                f"data.holdout={trained.holdout}, so this would evaluate on training samples. "
+                "Use at most that."
+            )
+    if problems := trained_on(data.held_out, trained.sources):
+        raise ValueError("\n".join(f"data.{problem}" for problem in problems))
 
 
 def _replace_data(config, name: str, changes: list[str]) -> None:

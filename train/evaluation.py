@@ -33,6 +33,7 @@ def evaluate(config: RunConfig, out: Path, *, as_json: bool = False) -> dict[str
         copy_weights(engine, reader)
         found = {"run": config.run, "step": step, **_measure(config, engine, out, step, as_json)}
         if engine.is_main:
+            out.mkdir(parents=True, exist_ok=True)
             (out / f"step-{step:08d}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))
             print(json.dumps(found, ensure_ascii=False) if as_json else f"Answers and result are in {out}.")
         engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from train.config import Resume, RunConfig
 FREE = (
     "run",
     "resume",
+    "parents",
     "zero",
     "train.micro_batch_packs",
     "train.max_skipped_steps",
@@ -76,12 +78,26 @@ class RunFolder:
         partial.write_text(to_yaml(config))
         partial.replace(self.config_file)
 
+    def record_at(self, step: int) -> dict[str, Any] | None:
+        """Returns the record of a step as `metrics.jsonl` has it; None where it has none."""
+        if not self.metrics.is_file():
+            return None
+        for line in reversed(self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # a crash cut it short
+                continue
+            if record["step"] == step:
+                return record
+        return None
+
 
 def _comparable(config: Any) -> dict[str, Any]:
-    """Returns a config without the steps of other stages, which decide nothing here."""
+    """Returns a config without the steps of other stages, and with one way to write a parent's folder."""
     steps = config["train"].get("stage_steps", {})
     own = {name: steps[name] for name in steps if name == config["stage"]}
-    return config | {"train": config["train"] | {"stage_steps": own}}
+    parent = config["init_from"] and str(Path(config["init_from"]).resolve())
+    return config | {"train": config["train"] | {"stage_steps": own}, "init_from": parent}
 
 
 def differences(old: Any, new: Any, free: tuple[str, ...], path: str = "") -> list[tuple[str, Any, Any]]:

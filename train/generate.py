@@ -6,6 +6,7 @@ that are padded on the left, so that every row's newest token stands last, with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 
 import torch
@@ -44,7 +45,11 @@ def generate(
     Args:
         model: in evaluation mode, else dropout and recomputation would be on.
         batch: prompts laid end to end in one row (`data.prompt`), on the model's device.
+
+    Raises:
+        ValueError: `temperature` or `top_p` means nothing.
     """
+    _check_sampling(temperature, top_p)
     assert len(batch.input_ids) == 1, "prompts are laid end to end in one row"
     sizes = [info.tokens for info in batch.samples] or [batch.input_ids.shape[1]]
     decoder = _Decoder(model, batch, sizes, use_cache)
@@ -67,6 +72,13 @@ def generate(
             decoder.keep(going)
             rows = [rows[place] for place in going]
     return answers
+
+
+def _check_sampling(temperature: float, top_p: float) -> None:
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: must be at least 0. Use 0 for the likeliest token.")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1. Use 1 to draw from all tokens.")
 
 
 class _Decoder:

@@ -19,9 +19,9 @@ from data.blank import blank
 from data.encode import Encoder
 from data.loader import Loader, StepBatches
 from data.plan import Planner
-from train.answers import Answer, Answering, summarise
-from train.compose import nearest
-from train.config import Objective, RunConfig
+from train.answers import Answer, Answered, Answering, summarise
+from train.compose import refuse_metrics
+from train.config import MEASURES, Objective, RunConfig
 from train.data import Tables, build_loader, build_planner
 from train.engine import Engine
 from train.meters import LossMeter
@@ -33,10 +33,13 @@ EVALUATION = (
     "blank_metrics",
     "answers",
     "blank_answers",
+    "not_answered",
     "loss_by_source",
     "blank_loss_by_source",
 )
 """What stage.json keeps under `evaluation`."""
+
+ANSWER_MEASURES = [measure for measure in MEASURES if measure != "loss"]
 
 
 class HeldOut:
@@ -83,19 +86,29 @@ class HeldOut:
         self.engine.model.eval()
         with torch.no_grad():
             found = self._losses()
-            answers = self._answers() if self.answers else []
+            answers, not_answered = self._answers() if self.answers else Answered([], {})
         self.engine.model.train()
-        found |= {name: part for name, part in summarise(answers).items() if part}
+        parts = {**summarise(answers), "not_answered": not_answered}
+        found |= {name: part for name, part in parts.items() if part}
         losses = ("loss_by_source", "blank_loss_by_source") if not self.is_next_token else ()
         named = {name: part for name, part in found.items() if name not in losses}
         found |= named_metrics(self.config.eval.metrics, named)
-        if self.engine.is_main and answers:
-            write_answers(self.folder / f"step-{step:08d}.jsonl", answers)
-            tqdm.write(f"step {step}, held out:\n{format_table(found)}", file=self.stream)
+        if self.engine.is_main:
+            self._show(step, found, answers)
         return found
 
-    def _answers(self) -> list[Answer]:
+    def _answers(self) -> Answered:
         return Answering(self.config.eval, self.engine, self.answered, self.encoder)()
+
+    def _show(self, step: int, found: Found, answers: list[Answer]) -> None:
+        """Writes the answers, and for people a table and what was wanted but not measured."""
+        if answers:
+            write_answers(self.folder / f"step-{step:08d}.jsonl", answers)
+        if self.answers:
+            tqdm.write(f"step {step}, held out:\n{format_table(found)}", file=self.stream)
+        measured = (["loss"] if self.is_next_token else []) + (ANSWER_MEASURES if self.answers else [])
+        for line in unmeasured(self.config.eval.metrics, found, measured):
+            tqdm.write(f"step {step}: {line}", file=self.stream)
 
     def _losses(self) -> Found:
         planner: Planner = build_planner(self.config, self.tables, epochs=1.0)
@@ -135,16 +148,8 @@ class HeldOut:
 
 def check_metrics(config: RunConfig, tables: Tables) -> None:
     """Raises ValueError where `eval.metrics` names a source that is not held out, if any is."""
-    known = [table.name for table in tables.tables]
-    if not known or (config.objective is not Objective.next_token and not config.eval.samples):
-        return
-    for name, place in config.eval.metrics.items():
-        source = place.rpartition(".")[0]
-        if source not in known:
-            raise ValueError(
-                f"eval.metrics.{name}={place!r}: {source!r} is not a held-out source."
-                f"{nearest(source, known)} Known: {', '.join(known)}."
-            )
+    if found := refuse_metrics(config, [table.name for table in tables.tables]):
+        raise ValueError("\n".join(found))
 
 
 def named_metrics(wanted: dict[str, str], found: Found) -> Found:
@@ -161,6 +166,21 @@ def named_metrics(wanted: dict[str, str], found: Found) -> Found:
         if values:
             named[f"{prefix}metrics"] = values
     return named
+
+
+def unmeasured(wanted: dict[str, str], found: Found, measured: list[str]) -> list[str]:
+    """Returns a line for each of `eval.metrics` that has no value, though its kind was `measured`."""
+    values, lines = found.get("metrics", {}), []
+    for name, place in wanted.items():
+        source, _, measure = place.rpartition(".")
+        if name in values or measure not in measured:
+            continue
+        if measure == "loss":
+            reason = f"no sample of {source!r} is among its packs. Raise eval.max_packs, or mend the source"
+        else:
+            reason = f"no sample of {source!r} was answered. Mend what `not_answered` names"
+        lines.append(f"eval.metrics.{name}={place!r}: has no value, since {reason}.")
+    return lines
 
 
 def write_answers(path: Path, answers: list[Answer]) -> None:
@@ -182,6 +202,9 @@ def format_table(found: Found) -> str:
         other = {**found.get("blank_answers", {}).get(source, {}), "loss": blind.get(source)}
         cells = [_cell(values.get(column)) for column in columns for values in (real, other)]
         lines.append(_row(source, [str(real.get("samples", "")), *cells]))
+    for source, causes in found.get("not_answered", {}).items():
+        reasons = ", ".join(f"{cause} {count}" for cause, count in causes.items())
+        lines.append(f"  {source:24}not answered: {reasons}")
     return "\n".join(lines)
 
 

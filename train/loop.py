@@ -44,7 +44,10 @@ class Totals:
 
 @dataclass(slots=True)
 class Training:
-    """Everything the loop works with. `step` is the last finished one."""
+    """Everything the loop works with. `step` is the last finished one.
+
+    `record_due` says that its record is not written yet: the run ended between its save and that.
+    """
 
     config: RunConfig
     engine: Engine
@@ -62,6 +65,8 @@ class Training:
     sinks: list[Sink] = field(default_factory=list)
     stop_asked: bool = False
     last_record: dict[str, Any] = field(default_factory=dict)
+    record_due: bool = False
+    parent_weights_digest: str | None = None
 
 
 def train(run: Training) -> Path:
@@ -74,6 +79,8 @@ def train(run: Training) -> Path:
     _listen_for_sigterm(run)
     checkpoint = run.folder.checkpoints / f"step-{run.step:08d}"
     run.meters.start()
+    if run.record_due:
+        _write_record(run, evaluate=Due.at(run, stop=False).evaluate)
     for work in _steps(run):
         totals = count(run, work)
         result = train_step(run, work, totals)
@@ -82,9 +89,11 @@ def train(run: Training) -> Path:
         stop = run.engine.sum_over_ranks([float(run.stop_asked)])[0] > 0
         due = Due.at(run, stop)
         if due.log:
-            _log(run, work, result, evaluate=due.evaluate)
-        if due.save:
+            run.last_record = _measure(run, work, result)
+        if due.save:  # before an evaluation, so that an end during that loses no step
             checkpoint = _save(run, work)
+        if due.log:
+            _write_record(run, evaluate=due.evaluate)
         _check_stop_rules(run, stop)
         if run.step == run.total_steps:
             break
@@ -191,14 +200,14 @@ class Due:
         )
 
 
-def _log(run: Training, work: StepBatches, result: StepResult | None, *, evaluate: bool) -> None:
+def _measure(run: Training, work: StepBatches, result: StepResult | None) -> dict[str, Any]:
     engine = run.engine
     factor = lr_factor(work.step, run.total_steps, run.config.optim)
     rates = {
         group["name"].split("/")[0]: group["peak_lr"] * factor for group in engine.optimizer.param_groups
     }
     norms = {"grad_norm": result.grad_norm, "grad_norm_by_module": result.module_norms} if result else {}
-    record = run.meters.record(
+    return run.meters.record(
         work.step,
         engine.all_reduce,
         engine.world_size,
@@ -208,14 +217,17 @@ def _log(run: Training, work: StepBatches, result: StepResult | None, *, evaluat
         bad_samples=run.bad,
         **norms,
     )
+
+
+def _write_record(run: Training, *, evaluate: bool) -> None:
+    """Adds the evaluation to the record of the step where it is due, and hands the record to the sinks."""
     if evaluate:
         with run.meters.paused():
-            held_out = run.evaluate(work.step)
+            held_out = run.evaluate(run.step)
         if held_out:
-            record["held_out"] = held_out
-    run.last_record = record
+            run.last_record["held_out"] = held_out
     for sink in run.sinks:
-        sink.write(record)
+        sink.write(run.last_record)
 
 
 def _save(run: Training, work: StepBatches) -> Path:
@@ -229,6 +241,7 @@ def _save(run: Training, work: StepBatches) -> Path:
         "skipped_steps": run.meters.skipped_steps,
         "skipped_in_a_row": run.skipped_in_a_row,
         "record": run.last_record,
+        "parent_weights_digest": run.parent_weights_digest,
         "config": to_yaml(run.config),
         "versions": versions(),
     }

@@ -18,6 +18,9 @@ from train.folder import differences
 FITS_ANYWAY = ("model.recompute", "model.stage_lr")
 """What a parent's model may have otherwise: how it is computed and trained, not what it is."""
 
+RANDOM = "random"
+"""Among `parents`: a pipeline may begin with this stage, from random weights."""
+
 
 def read_parent(config: RunConfig) -> dict[str, Any] | None:
     """Returns the stage.json of the run that `init_from` names, or None without it.
@@ -53,11 +56,25 @@ def refuse_stage(config: RunConfig, stage: str, where: str) -> list[str]:
     """Returns what is wrong with starting from `stage`; `where` opens the line."""
     if stage in config.parents:
         return []
-    allowed = ", ".join(config.parents) or "random weights alone"
     return [
-        f"{where}: is the result of {stage}, but {config.stage} starts from {allowed}. "
+        f"{where}: is the result of {stage}, but {config.stage} starts from {_allowed(config)}. "
         "Name such a run, or change parents."
     ]
+
+
+def refuse_random(config: RunConfig) -> list[str]:
+    """Returns what is wrong with a pipeline that begins with this stage and no parent."""
+    if RANDOM in config.parents:
+        return []
+    return [
+        f"init_from=null: nothing comes before {config.stage}, which starts from {_allowed(config)} and not "
+        "from random weights. Name such a run, or put its stage before this one."
+    ]
+
+
+def _allowed(config: RunConfig) -> str:
+    named = ["random weights" if parent == RANDOM else parent for parent in config.parents]
+    return ", ".join(named) or "nothing"
 
 
 def refuse_model(config: RunConfig, other: dict[str, Any], where: str) -> list[str]:

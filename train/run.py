@@ -136,7 +136,12 @@ def _peak(config: RunConfig, engine: Engine) -> float | None:
 
 
 def _begin(training: Training, planner: Planner, parent) -> str:
-    """Restores the newest checkpoint, or the parent's weights, or nothing; returns which in words."""
+    """Restores the newest checkpoint, or the parent's weights, or nothing; returns which in words.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or its parent's weights are not those of now.
+    """
+    training.parent_weights_digest = parent[1]["weights_digest"] if parent else None
     newest = newest_checkpoint(training.folder.checkpoints)
     if newest is None:
         if parent is None:
@@ -144,6 +149,7 @@ def _begin(training: Training, planner: Planner, parent) -> str:
         copy_weights(training.engine, parent[0], fresh=HEADS)
         return f"Weights of {training.config.init_from} (stage {parent[1]['stage']})."
     reader = PieceReader(newest)
+    _check_parent(training, reader.state)
     restore_checkpoint(training.engine, reader)
     state = reader.state
     planner.restore(state["planner"])
@@ -151,12 +157,30 @@ def _begin(training: Training, planner: Planner, parent) -> str:
     training.good, training.bad = state["good"], state["bad"]
     training.meters.skipped_steps = state["skipped_steps"]
     training.skipped_in_a_row = state["skipped_in_a_row"]
-    training.last_record = state["record"]
+    _restore_record(training, state["record"])
     if training.engine.is_main:
         training.ledger.restore(state["ledger"])
         if training.folder.skipped.exists():
             keep_until(training.folder.skipped, training.step)
     return f"Goes on after step {training.step} from {newest}."
+
+
+def _check_parent(training: Training, state: dict[str, Any]) -> None:
+    """Raises ValueError where frozen modules would come from other weights than the trained ones did."""
+    now = training.parent_weights_digest
+    then = state.get("parent_weights_digest", now)
+    if then != now:
+        raise ValueError(
+            f"init_from={training.config.init_from}: holds other weights than {training.folder.path} was "
+            f"started from: {str(then)[:12]} then, {str(now)[:12]} now. Put them back, or name another run."
+        )
+
+
+def _restore_record(training: Training, saved: dict[str, Any]) -> None:
+    """Takes the last record as it was written, with its evaluation, or as it was saved just before that."""
+    written = training.engine.gather_objects(training.folder.record_at(training.step))[0]
+    training.last_record = written or saved
+    training.record_due = written is None and saved.get("step") == training.step
 
 
 def _index_digests(config: RunConfig, tables: Tables, held_out: Tables) -> dict[str, str]:

@@ -28,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
         "--tts-command",
         metavar="CMD",
         help="speaks in place of espeak-ng: gets the text on stdin, writes a WAV to {out}; "
-        "may use {language}, {voice}, {rate} and {pitch}",
+        "may use {language}, {voice}, {rate} and {pitch}, and must use {rate} or {pitch}: in these alone "
+        "the voices of training and evaluation differ",
     )
     made.add_argument("--scale", type=float, default=1.0, help="share of all samples (default: 1)")
     made.add_argument("--json", action="store_true", help="print what was made as JSON")

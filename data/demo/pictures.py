@@ -46,7 +46,7 @@ def make_chart(rng: np.random.Generator, held_out: bool) -> Sample:
 
 def make_patches(rng: np.random.Generator, held_out: bool) -> Sample:
     """Returns a scene (three in five) or a number whose every patch is to be named."""
-    make = patches.labelled_scene if rng.random() < 0.6 else patches.labelled_number
+    make = patches.labelled_scene if rng.random() < 0.4 else patches.labelled_number
     jpeg, labels = make(rng, held_out)
     return _sample(jpeg, LABEL, labels)
 

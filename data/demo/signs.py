@@ -20,9 +20,12 @@ BOARD = (112, 112)
 BOARDS = ((112, 112), (140, 84), (56, 56))
 """Sizes (width, height) in pixels that stay one slice of 112 x 112 pixels or become one."""
 BOARD_SHARES = (0.75, 0.15, 0.1)
-DIGIT_PIXELS = (36, 44)
+DIGIT_PIXELS = (46, 54)
 WORD_PIXELS = (32, 38)
 CHINESE_PIXELS = (28, 34)
+DIGIT_SPACING = 0.06
+"""Space between digits, as a share of their height."""
+JITTER_PIXELS = 8
 BOLD_FROM_PIXELS = 28
 """Characters this large get strokes a pixel wider on each side: thin ones are lost in patches."""
 MISSING = "\U0010fffd"
@@ -91,15 +94,15 @@ def _font(path: str | None, pixels: int) -> ImageFont.FreeTypeFont:
 
 
 def make_number(rng: np.random.Generator, held_out: bool) -> Sign:
-    """Returns a sign of two to four digits, of the tenth of all strings that is held out or not."""
-    return _draw_until(lambda: Sign(((_digits(rng, 2, 4),),)), held_out)
+    """Returns a sign of two or three digits, of the tenth of all strings that is held out or not."""
+    return _draw_until(lambda: Sign(((_digits(rng, 2, 3),),)), held_out)
 
 
 def make_sign(rng: np.random.Generator, held_out: bool) -> Sign:
-    """Returns a number (three in four) or a document; with a font, a fifth are Chinese."""
+    """Returns a number (five in six) or a document; with a font, a fifth are Chinese."""
     if _font_path is not None and rng.random() < 0.2:
         return _draw_until(lambda: Sign((("".join(rng.choice(CHINESE, rng.integers(2, 4))),),)), held_out)
-    if rng.random() < 0.75:
+    if rng.random() < 5 / 6:
         return make_number(rng, held_out)
     return _draw_until(lambda: Sign((_panel(rng), _panel(rng))), held_out)
 
@@ -141,21 +144,21 @@ def draw_board(
 
 
 def _paint(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Returns the colours of paper and ink: dark on light, or light on dark."""
-    light = tint(rng)
-    dark = rng.integers(0, 70, size=3).tolist()
-    return (light, tuple(dark)) if rng.random() < 0.6 else (tuple(dark), light)
+    """Returns the colours of paper and ink: dark on light."""
+    red, green, blue = rng.integers(0, 70, size=3).tolist()
+    return tint(rng), (red, green, blue)
 
 
 def _arrange(lines: tuple[str, ...], size: tuple[int, int], rng: np.random.Generator) -> list[_Line]:
-    """Returns the lines, sized and jittered so that they stay inside `size`."""
+    """Returns the lines around the middle of `size`, sized and jittered so that they stay inside."""
     scale = min(size[0] / BOARD[0], size[1] / BOARD[1], 1.0) if size[0] < BOARD[0] else 1.0
     placed = [_Line(text, round(scale * rng.integers(*_pixels(text)))) for text in lines]
     for number, line in enumerate(placed):
-        room = size[0] - _width(line) - 4
-        line.left = 2 + max(0.0, room) * rng.random()
+        room = max(0.0, size[0] - _width(line) - 4) / 2
+        line.left = 2 + room + min(room, scale * JITTER_PIXELS) * rng.uniform(-1, 1)
         slack = max(0.0, size[1] / len(placed) - line.pixels * 0.8) / 2
-        line.middle = size[1] * (number + 0.5) / len(placed) + slack * rng.uniform(-0.7, 0.7)
+        line.middle = size[1] * (number + 0.5) / len(placed)
+        line.middle += min(slack, scale * JITTER_PIXELS) * rng.uniform(-0.7, 0.7)
     return placed
 
 
@@ -170,7 +173,14 @@ def _path(text: str) -> str | None:
 
 
 def _width(line: _Line) -> float:
-    return _font(_path(line.text), line.pixels).getlength(line.text)
+    return sum(_advances(line))
+
+
+def _advances(line: _Line) -> list[float]:
+    """Returns how far each character takes the pen, in pixels; digits stand apart."""
+    font = _font(_path(line.text), line.pixels)
+    apart = line.pixels * DIGIT_SPACING if line.text.isdigit() else 0.0
+    return [font.getlength(character) + apart for character in line.text]
 
 
 def _write(
@@ -183,8 +193,8 @@ def _write(
         above, below = font.getbbox(line.text)[1::2]
         left, top = corner[0] + line.left, corner[1] + line.middle - (above + below) / 2
         stroke = int(line.pixels >= BOLD_FROM_PIXELS)
-        draw.text((left, top), line.text, fill=ink, font=font, stroke_width=stroke)
-        for place, character in enumerate(line.text):
-            start = left + font.getlength(line.text[:place])
-            boxes.append((character, (start, top + above, start + font.getlength(character), top + below)))
+        for character, advance in zip(line.text, _advances(line)):
+            draw.text((left, top), character, fill=ink, font=font, stroke_width=stroke)
+            boxes.append((character, (left, top + above, left + advance, top + below)))
+            left += advance
     return boxes

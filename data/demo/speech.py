@@ -16,7 +16,7 @@ import tempfile
 import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -215,16 +215,24 @@ def command_speak(command: str) -> Speak:
 
     The command gets the text on standard input and writes a recording, of any rate, to the path that
     stands for `{out}`; `{language}`, `{voice}`, `{rate}` (words a minute) and `{pitch}` (0 to 99) are
-    filled in too. A program that loads for seconds is best kept running, with a small client as command.
+    filled in too, and `{rate}` or `{pitch}` must be: these alone differ between training and evaluation,
+    which would else share recordings. A program that loads for seconds is best kept running, with a
+    small client as command.
     The function raises ValueError where the command fails or records nothing.
 
     Raises:
-        ValueError: the command line cannot be filled in.
+        ValueError: the command line cannot be filled in, or does not ask for what it must.
     """
-    _fill(command, Voice("en", "en-us", "m1", 200, 50), "out.wav")
+    voice = Voice("en", "en-us", "m1", 200, 50)
+    words = _fill(command, voice, "out.wav")
     if "{out}" not in command:
         raise ValueError(
             f"--tts-command={command!r}: does not say where to write. Put {{out}} where the path belongs."
+        )
+    if words == _fill(command, replace(voice, rate_wpm=voice.rate_wpm + 1, pitch=voice.pitch + 1), "out.wav"):
+        raise ValueError(
+            f"--tts-command={command!r}: uses neither {{rate}} nor {{pitch}}, in which alone the voices of "
+            "training and evaluation differ, so they would share recordings. Put in one of them."
         )
     return functools.partial(_run, command)
 

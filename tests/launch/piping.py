@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,6 +22,14 @@ stages:
 """
 """Two stages on pictures, and one that comes only with a word."""
 LENGTH = ("train.steps=40", "checkpoint.every=2")
+EVALUATION = (
+    "data.holdout=0.2",
+    "eval.samples=2",
+    "eval.max_new_tokens=2",
+    "+eval.metrics.picture_cer=folder.cer",
+    "+eval.metrics.picture_loss=folder.loss",
+)
+PATIENCE_SECONDS = 120
 
 
 def write_pipeline(folder: Path, text: str = ENTRIES) -> Path:
@@ -32,13 +42,33 @@ def write_pipeline(folder: Path, text: str = ENTRIES) -> Path:
 
 def words(runs: Path, data: Path, *more: str) -> list[str]:
     """Returns the words of a small pipeline."""
-    return [*SMALL, f"data.path={data}", "train.packs_per_step=2", *LENGTH, f"runs={runs}", *more]
+    return [
+        *SMALL,
+        *EVALUATION,
+        f"data.path={data}",
+        "train.packs_per_step=2",
+        *LENGTH,
+        f"runs={runs}",
+        *more,
+    ]
 
 
-def start(pipeline: Path, given: list[str]) -> subprocess.Popen:
+IMPATIENT = (
+    "import sys; from launch import pipeline, process; "
+    "process.PATIENCE_SECONDS = 8.0; sys.exit(pipeline.main(sys.argv[1:]))"
+)
+"""A pipeline that waits eight seconds for processes of an earlier start."""
+
+
+def start(pipeline: Path, given: list[str], impatient: bool = False) -> subprocess.Popen:
     """Starts a pipeline whose output can be read."""
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.pipeline", str(pipeline), *given],
+        [
+            sys.executable,
+            *(["-c", IMPATIENT] if impatient else ["-m", "launch.pipeline"]),
+            str(pipeline),
+            *given,
+        ],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -54,11 +84,18 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
     return output
 
 
+def wait_until(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
+    """Waits until something has happened while a pipeline works."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.01)
+
+
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
     """Waits until a stage has logged a step."""
-    while not (records := records_of(run)) or records[-1]["step"] < step:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+    wait_until(process, lambda: any(record["step"] >= step for record in records_of(run)))
 
 
 def records_of(run: Path) -> list[Record]:
@@ -72,7 +109,8 @@ def kill_tree(process: subprocess.Popen) -> None:
     """Kills a process and all that it started."""
     tree = [*psutil.Process(process.pid).children(recursive=True), process]
     for each in tree:
-        each.kill()
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
     process.communicate()
 
 

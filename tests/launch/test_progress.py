@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from launch.history import History, load_history
-from launch.progress import Progress, last_record
+from launch.history import History, Origin, load_history
+from launch.progress import Progress, last_record, stage_seconds_left
 from launch.request import read_request
 from launch.stages import compose_stages
 
@@ -38,8 +38,32 @@ def test_time_left_counts_the_rest_of_this_stage_and_all_coming_ones(stages, tmp
     write_records(stages[1], record(40))
     history = History(tmp_path / "pipeline.json", {"vision_align": 21.0, "vision_tune": 7.0})
     progress = Progress(stages, history, io.StringIO())
-    # 60 steps of 0.1 s here; three stages of 100 steps, at (21 + 7) s for 140 steps.
-    assert progress.seconds_left(stages[1], record(40)) == pytest.approx(60 * 0.1 + 300 * 28 / 140)
+    # 60 steps of 0.1 s here; three stages of 100 steps, at (21 + 40 * 0.1) s for 140 steps.
+    assert progress.seconds_left(stages[1], record(40)) == pytest.approx(60 * 0.1 + 300 * 25 / 140)
+    assert progress.seconds_left(stages[1], None) == pytest.approx(400 * 21 / 100)
+
+
+def test_the_start_of_the_first_stage_is_not_counted_with_its_few_steps(stages, tmp_path):
+    progress = Progress(stages, History(tmp_path / "pipeline.json", {"vision_align": 30.0}), io.StringIO())
+    assert progress.seconds_left(stages[0], record(1)) == pytest.approx(499 * 0.1)
+
+
+def test_without_a_known_length_the_epoch_tells_what_is_left_of_the_stage(stages, tmp_path):
+    stages[0].config.train.steps, stages[0].config.train.epochs = None, 2.0
+    write_records(stages[0], {**record(40), "epoch": 0.5})
+    stream = Terminal()
+    Progress(stages, History(tmp_path / "pipeline.json"), stream).show(stages[0])
+    assert stream.getvalue().endswith("step 40  loss 1.5000  0s gone  about 12s left in this stage")
+    assert stage_seconds_left(stages[0], {**record(1), "epoch": 0.0}) is None
+
+
+def test_who_waits_for_the_evaluation_is_told(stages, tmp_path):
+    for step, said in ((94, "loss 1.5000  0s"), (95, "then evaluates and saves"), (100, "saves")):
+        stages[0].folder.path.mkdir(exist_ok=True)
+        stages[0].folder.metrics.write_text(json.dumps(record(step)) + "\n")
+        stream = Terminal()
+        Progress(stages, History(tmp_path / "pipeline.json"), stream).show(stages[0])
+        assert said in stream.getvalue()
 
 
 def test_nothing_is_guessed_before_a_step_or_without_a_length(stages, tmp_path):
@@ -82,3 +106,11 @@ def test_history_is_read_back_as_it_was_written(tmp_path):
     history.seconds["omni_sft"] = 1.5
     history.save()
     assert load_history(tmp_path).seconds == {"omni_sft": 1.5}
+
+
+def test_seconds_of_a_start_count_until_what_it_left_is_removed(tmp_path):
+    history = History(tmp_path / "pipeline.json", {"omni_sft": 7.0})
+    history.start("omni_sft", Origin({}, None), goes_on=False, afresh=False)
+    assert history.seconds == {"omni_sft": 7.0}
+    history.start("omni_sft", Origin({}, None), goes_on=False, afresh=True)
+    assert history.seconds == {"omni_sft": 0.0}

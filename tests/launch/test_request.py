@@ -57,9 +57,11 @@ def test_a_folder_with_any_name_comes_through(tmp_path):
 
 
 def test_mistakes_of_all_words_are_named_together():
-    words = ["run=x", "foo", "processes=0", "accelerate=gpu"]
+    words = ["run=x", "++recipe=x", "omni_sft:init_from=x", "foo", "processes=0", "accelerate=gpu"]
     assert mistakes(*words, pipeline="megrez_omin") == [
         "run=x: every stage has a folder of its own. Use runs=FOLDER for all of them.",
+        "++recipe=x: the pipeline names the recipes. Use another pipeline.",
+        "omni_sft:init_from=x: stages start from the one before. Use init_from=RUN for the first.",
         "foo: is no key=value. Write it as train.steps=100, for example.",
         "pipeline='megrez_omin': there is none of that name. Did you mean 'megrez_omni'? "
         "Known: megrez_omni; or name a .yaml file.",
@@ -89,6 +91,12 @@ def test_mistakes_of_all_stages_are_named_together_with_their_stages():
         ("stages: []", "has no stages"),
         ("stages: [", "is no sound YAML"),
         ("stages: [{recipe: omni_sft, overrides: seed=1}]", "is no list of words"),
+        ("stages: [{recipe: omni_sft, overrides: [recipe=vision_tune]}]", "the pipeline names the recipes"),
+        ("stages: [{recipe: omni_sft, overrides: [run=x]}]", "every stage has a folder of its own"),
+        ("stages: [{recipe: omni_sft, overrides: [init_from=x]}]", "stages start from the one before"),
+        ("stages: [{recipe: omni_sft, name: 3}]", "stages.name=3: is no name"),
+        ("stages: [{recipe: omni_sft, name: ../x}]", "stages.name=../x: is no name"),
+        ("stages: [{recipe: omni_sft, only_with: 3}]", "stages.only_with=3: is no word"),
     ],
 )
 def test_a_malformed_pipeline_is_refused_with_what_is_wrong(tmp_path, text, hint):
@@ -101,7 +109,7 @@ def test_a_word_for_no_stage_is_refused():
     assert line.startswith("visoin_tune:seed=1: no stage of that name. Did you mean 'vision_tune'?")
 
 
-def test_one_process_needs_no_launcher_and_several_do():
+def test_one_process_needs_no_launcher_and_several_or_a_file_of_ones_own_do(tmp_path):
     def command(*words):
         request = read_request("megrez_omni", ["model=tiny", "data.path=x", *words])
         return stage_command(request, compose_stages(request)[0])
@@ -111,6 +119,9 @@ def test_one_process_needs_no_launcher_and_several_do():
     assert two[1:3] == ["-m", "accelerate.commands.launch"] and "--num_processes" not in two
     four = command("accelerate=gpus", "processes=4")
     assert four[four.index("--num_processes") + 1] == "4"
+    own = tmp_path / "own.yaml"
+    own.write_text("{num_processes: 1, gpu_ids: '3'}")
+    assert str(own) in command(f"accelerate={own}")
     for words in (("processes=2",), ("accelerate=nodes",)):
         with pytest.raises(ValueError, match=words[0]):
             command(*words)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.records import prepare
 from tests.train.launching import ROOT, SMALL, environment, launch
 from train.evaluate import read_request
 
@@ -56,6 +57,10 @@ def test_request_is_the_config_of_the_run_with_its_changes(run, text_shards):
     assert other.config.data.sources["folder"].path == str(text_shards) and str(other.out) == "there"
     assert other.config.data.holdout == 0.02 and other.config.data.pack.length == 512
     assert other.config.eval.metrics == {}
+    words = ("+eval.metrics.again=folder.exact", f"data.held_out.new.path={text_shards}", "data.tags=[x]")
+    added = read_request([f"run={run.folder}", *words]).config
+    assert added.eval.metrics == {"cer": "folder.cer", "again": "folder.exact"}
+    assert added.data.held_out["new"].path == str(text_shards) and added.data.tags == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -68,12 +73,31 @@ def test_request_is_the_config_of_the_run_with_its_changes(run, text_shards):
         ("data.holdout=0.0", "data.held_out: no sample is held out."),
         ("samples", "samples: is not KEY=VALUE."),
         ("objective=ctc", "objective=ctc"),
+        ("+eval.metrics.a=folder.bleu", "eval.metrics.a='folder.bleu': is not SOURCE.MEASURE."),
+        ("data.path=elsewhere", "data.path=elsewhere: the run's sources have paths of their own"),
     ],
 )
 def test_mistakes_are_refused_by_name(run, word, problem):
     with pytest.raises(ValueError) as error:
         read_request([f"run={run.folder}", word])
     assert str(error.value).startswith(problem)
+
+
+def test_samples_that_were_trained_on_are_never_held_out(run, mixed_shards, tmp_path):
+    request = [f"run={run.folder}", "data.holdout=0.3"]
+    assert read_request([*request, "data.holdout=0.1"]).config.data.holdout == 0.1
+    link = tmp_path / "link"
+    link.symlink_to(mixed_shards)
+    refused = {
+        ("data.holdout=0.5",): "data.holdout=0.5: source 'folder' was trained on with data.holdout=0.3,",
+        ("data=folder", f"data.path={link}", "data.holdout=0.4"): "data.holdout=0.4: source 'folder' was",
+        (f"data.held_out.x.path={link}",): f"data.held_out.x.path={link}: source 'folder' trains on this",
+        ("data=demo", f"data.held_out.scene.path={mixed_shards}"): "data.held_out.scene.path=",
+    }
+    for words, problem in refused.items():
+        with pytest.raises(ValueError) as error:
+            read_request([*request, *words])
+        assert str(error.value).startswith(problem) and "on training samples. " in str(error.value)
 
 
 def test_run_that_is_none_or_has_no_weights_yet_is_refused_without_a_traceback(run, tmp_path):
@@ -90,6 +114,21 @@ def test_run_that_is_none_or_has_no_weights_yet_is_refused_without_a_traceback(r
     done = evaluate(f"run={young}")
     assert done.returncode == 2
     assert done.stderr == f"run={young}: has no weights yet. Wait for its first checkpoint.\n"
+
+
+def test_samples_without_an_answer_are_counted_by_cause(run, tmp_path):
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": f"one two {number}"}) + "\n" for number in range(3)))
+    shards = prepare(documents, tmp_path / "shards", "--format", "text")
+    words = ("data.holdout=0.0", f"data.held_out.documents.path={shards}", f"out={tmp_path}/out")
+    done = evaluate(f"run={run.folder}", *words, "eval.metrics.cer=documents.cer", "eval.samples=2")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["step-00000002.json"]
+    found = json.loads((tmp_path / "out" / "step-00000002.json").read_text())
+    assert found["not_answered"] == {"documents": {"no_supervised": 2}}
+    assert "answers" not in found and "metrics" not in found
+    assert "not answered: no_supervised 2" in done.stdout
+    assert "eval.metrics.cer='documents.cer': has no value, since no sample of 'documents'" in done.stdout
 
 
 def test_mistakes_are_refused_before_torch_is_imported(run):

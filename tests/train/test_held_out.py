@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.config import DataConfig, SourceConfig
 from data.plan import SourceTable
 from tests.train.launching import SMALL, launch
 from train.answers import deal_prompts
 from train.config import EvalConfig, Objective, all_problems
-from train.held_out import check_metrics, format_table, named_metrics
+from train.held_out import check_metrics, format_table, named_metrics, unmeasured
 
 WORDS = (*SMALL, "train.steps=4", "train.packs_per_step=2", "optim.lr=1e-3", "eval.every=2", "log.every=4")
 ANSWERS = (
@@ -44,18 +45,21 @@ def test_held_out_loss_is_logged_when_due_and_does_not_depend_on_ranks(tmp_path,
             assert ours["held_out"][kind] == pytest.approx(theirs["held_out"][kind], rel=1e-5)
 
 
-def test_evaluating_changes_nothing_of_the_training(tmp_path, text_shards):
+def test_evaluating_changes_nothing_of_the_training(tmp_path, mixed_shards):
     words = (
         *SMALL,
-        f"data.path={text_shards}",
+        f"data.path={mixed_shards}",
         "data.holdout=0.3",
         "train.steps=4",
         "train.packs_per_step=2",
+        "eval.samples=4",
+        "eval.max_new_tokens=3",
     )
     often = launch(tmp_path / "often", *words, "eval.every=1")
     never = launch(tmp_path / "never", *words, "eval.every=0")
     assert often.losses == never.losses and often.grad_norms == never.grad_norms
     assert "held_out" in never.records[-1] and "held_out" not in never.records[0]
+    assert "blank_answers" in often.records[0]["held_out"]
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +142,14 @@ def table(name, lengths, media):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("batch", [1, 4, 64])
-def test_every_chosen_sample_is_dealt_to_some_rank_in_equally_many_batches(world_size, batch):
+@pytest.mark.parametrize(("batch", "most_tokens"), [(1, 1), (4, 1000), (64, 10000), (64, 200)])
+def test_every_chosen_sample_is_dealt_to_some_rank_in_equally_many_batches(world_size, batch, most_tokens):
     rng = np.random.default_rng(0)
     tables = [
         table("long", rng.integers(5, 90, 40), rng.integers(0, 2, 40)),
         table("short", rng.integers(5, 90, 3), [1, 1, 1]),
     ]
-    dealt = [deal_prompts(tables, 9, batch, rank, world_size) for rank in range(world_size)]
+    dealt = [deal_prompts(tables, 9, batch, most_tokens, rank, world_size) for rank in range(world_size)]
     for rounds in zip(*dealt, strict=True):
         assert len({media for _, media in rounds}) == 1 and all(1 <= len(refs) <= batch for refs, _ in rounds)
     found = {(ref.source, ref.row) for rounds in dealt for refs, _ in rounds for ref in refs}
@@ -154,6 +158,23 @@ def test_every_chosen_sample_is_dealt_to_some_rank_in_equally_many_batches(world
         for refs, media in rounds:
             tables_by_name = {item.name: item for item in tables}
             assert all(bool(tables_by_name[ref.source].slices[ref.row]) is media for ref in refs)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_no_batch_of_prompts_exceeds_its_tokens_and_the_longest_come_first(world_size):
+    rng = np.random.default_rng(1)
+    tables = [table("long", rng.integers(5, 500, 600), np.zeros(600))]
+    for rank in range(world_size):
+        dealt = [refs for refs, _ in deal_prompts(tables, 600, 16, 1000, rank, world_size)]
+        sizes = [len(refs) * max(ref.length for ref in refs) for refs in dealt]
+        assert max(sizes) <= 1000 and max(map(len, dealt)) == 16
+        lengths = [ref.length for refs in dealt for ref in refs]
+        assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_prompt_longer_than_a_batch_may_be_is_answered_alone():
+    alone = deal_prompts([table("one", [2000, 1500], [0, 0])], 2, 16, 1000, 0, 1)
+    assert [len(refs) for refs, _ in alone] == [1, 1]
 
 
 def stub(metrics, objective=Objective.next_token) -> Any:
@@ -174,6 +195,25 @@ def test_metric_of_a_source_that_is_not_held_out_is_refused_with_the_nearest_nam
     check_metrics(stub({"scene_exact": "scenes.exact"}), tables_named("scenes"))
     check_metrics(stub({"scene_exact": "scens.exact"}), tables_named())
     check_metrics(stub({"scene_exact": "scens.exact"}, Objective.ctc), tables_named("speech"))
+
+
+@pytest.mark.parametrize(
+    ("trained", "held", "refused"),
+    [
+        ([], [], True),
+        (["caption"], [], True),
+        ([], ["vqa"], True),
+        (["caption", "vqa"], ["vqa"], True),
+        (["caption"], ["vqa"], False),
+    ],
+)
+def test_a_folder_is_trained_on_and_held_out_only_by_tags_that_are_apart(tmp_path, trained, held, refused):
+    config = DataConfig(
+        sources={"all": SourceConfig(path=f"{tmp_path}/shards", tags=trained)},
+        held_out={"exam": SourceConfig(path=f"{tmp_path}/shards/", tags=held)},
+    )
+    wanted = f"data.held_out.exam.path={tmp_path}/shards/: source 'all' trains on this folder, so this would "
+    assert [line[: len(wanted)] for line in all_problems(config, "data")] == [wanted] * refused
 
 
 @pytest.mark.parametrize("place", ["exact", "scenes", "scenes.bleu", ".exact"])
@@ -204,3 +244,16 @@ def test_table_has_a_line_per_source_with_blanked_values_behind_real_ones():
     first, second = (" ".join(line.split()) for line in shown.splitlines()[1:])
     assert first == "scenes 7 1.000 3.000 0.500 0.000 0.250 0.250 0.750 0.750"
     assert second == "texts 2.000 - - - - - - -"
+    lost = format_table({"loss_by_source": {}, "not_answered": {"scenes": {"image_corrupt": 2}}})
+    assert lost.splitlines()[1].split() == ["scenes", "not", "answered:", "image_corrupt", "2"]
+
+
+def test_a_metric_without_a_value_is_named_where_its_kind_was_measured():
+    wanted = {"one": "a.exact", "two": "b.cer", "three": "b.loss"}
+    both = unmeasured(wanted, {"metrics": {"one": 0.5}}, ["loss", "exact", "cer", "wer"])
+    assert [line.partition(": ")[0] for line in both] == [
+        "eval.metrics.two='b.cer'",
+        "eval.metrics.three='b.loss'",
+    ]
+    assert unmeasured(wanted, {}, ["loss"]) == both[1:]
+    assert unmeasured(wanted, {"metrics": dict.fromkeys(wanted, 1.0)}, ["loss", "exact", "cer"]) == []

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from train.compose import compose_words, to_plain, to_yaml
 from train.folder import RunFolder
-from train.parent import read_parent, tokenizer_digest
+from train.parent import read_parent, refuse_random, tokenizer_digest
 
 
 def config_of(*words):
@@ -50,6 +50,28 @@ def test_a_parent_of_another_size_is_refused_with_every_difference(parent):
 def test_a_parent_of_another_stage_is_refused(parent):
     text = mistake(parent, "recipe=audio_tune")
     assert "is the result of vision_align, but audio_tune starts from audio_align, audio_tune." in text
+
+
+def test_only_where_its_recipe_says_so_a_pipeline_begins_from_random_weights(parent):
+    assert not refuse_random(config_of("recipe=vision_align")) + refuse_random(config_of("recipe=demo_text"))
+    (line,) = refuse_random(config_of("recipe=audio_align"))
+    assert line.startswith(
+        "init_from=null: nothing comes before audio_align, which starts from vision_tune and"
+    )
+    text = mistake(parent, "recipe=vision_align")
+    assert "but vision_align starts from random weights, audio_tune, demo_audio." in text
+
+
+def test_a_parents_folder_may_be_written_in_another_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = config_of(f"run={tmp_path}/run", "init_from=align", "recipe=vision_tune")
+    RunFolder(first).create(first)
+    RunFolder(first).check(
+        config_of(f"run={tmp_path}/run", f"init_from={tmp_path}/align", "recipe=vision_tune")
+    )
+    other = config_of(f"run={tmp_path}/run", "init_from=other", "recipe=vision_tune")
+    with pytest.raises(ValueError, match=r"init_from: \S+/align there, \S+/other now"):
+        RunFolder(first).check(other)
 
 
 def test_a_parent_with_another_tokenizer_is_refused(parent):

@@ -17,6 +17,12 @@ WORDS = (*SMALL, "train.steps=12", "train.packs_per_step=2", "optim.lr=1e-3", "c
 
 def kill_at(folder, step: int, words, processes: int) -> None:
     """Starts a run and sends SIGKILL to all of its processes once `step` is in its metrics."""
+    metrics = folder / "metrics.jsonl"
+    kill_when(lambda: metrics.is_file() and metrics.read_text().count("\n") >= step, folder, words, processes)
+
+
+def kill_when(happened, folder, words, processes: int) -> None:
+    """Starts a run and sends SIGKILL to all of its processes once something has happened."""
     process = subprocess.Popen(
         command(folder, words, processes),
         cwd=ROOT,
@@ -24,11 +30,8 @@ def kill_at(folder, step: int, words, processes: int) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
-            break
+    while time.monotonic() < deadline and process.poll() is None and not happened():
         time.sleep(0.02)
     assert process.poll() is None, "the run ended before it could be killed"
     # A launcher's ranks are in process groups of their own.
@@ -55,6 +58,24 @@ def test_a_killed_run_ends_bit_equal_to_one_never_killed(tmp_path, mixed_shards,
     assert [record["step"] for record in again.records] == list(range(1, 13))
     left, right = again.weights(), whole.weights()
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_an_end_during_an_evaluation_costs_no_step_and_no_number(tmp_path, mixed_shards):
+    words = (*WORDS, f"data.path={mixed_shards}", "data.holdout=0.3", "train.steps=6", "eval.every=3")
+    words = (*words, "eval.samples=10", "eval.max_new_tokens=8")
+    whole = launch(tmp_path / "whole", *words)
+    for step in (3, 6):  # after the save, and long before the answers
+        saved = tmp_path / "killed" / "checkpoints" / f"step-{step:08d}" / "manifest.json"
+        kill_when(saved.is_file, tmp_path / "killed", words, 1)
+        assert Finished(tmp_path / "killed", 0, "").records[-1]["step"] == step - 1
+    again = launch(tmp_path / "killed", *words)
+    assert "Goes on after step 6" in again.output
+    assert [record["step"] for record in again.records] == [*range(1, 7)]
+    assert again.losses == whole.losses and again.stage["weights_digest"] == whole.stage["weights_digest"]
+    for mine, other in zip(again.records, whole.records):
+        assert mine.get("held_out") == other.get("held_out")
+    assert again.stage["evaluation"] == whole.stage["evaluation"] != {}
+    assert again.stage["metrics"] == whole.stage["metrics"]
 
 
 def test_a_checkpoint_goes_on_with_other_ranks_and_another_zero_stage(tmp_path, mixed_shards):
@@ -107,6 +128,14 @@ def test_a_stage_starts_from_its_parent_and_refuses_a_wrong_one(tmp_path, pictur
     assert child.stage["parent"]["stage"] == "vision_align"
     assert child.stage["parent"]["weights_digest"] == parent.stage["weights_digest"]
     frozen = [name for name in parent.weights() if name.startswith(("llm.", "audio."))]
+    (tmp_path / "tune" / "final").rename(tmp_path / "tune" / "before")
+    facts = tmp_path / "align" / "final" / "stage.json"
+    digest = parent.stage["weights_digest"]
+    facts.write_text(facts.read_text().replace(digest, "0" * 32))
+    changed = launch(tmp_path / "tune", *tune, f"init_from={tmp_path}/align", code=2)
+    assert f"holds other weights than {tmp_path}/tune was started from: {digest[:12]} then" in changed.output
+    facts.write_text(facts.read_text().replace("0" * 32, digest))
+    (tmp_path / "tune" / "before").rename(tmp_path / "tune" / "final")
     left, right = parent.weights(), child.weights()
     assert frozen and all(torch.equal(left[name], right[name]) for name in frozen)
     # The first loss is what the parent would have: not what random weights give.

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.sample import IGNORE, EncodedSample
+from data.collate import BlankSegment
+from data.sample import IGNORE, Dropped, EncodedSample
 from tests.train.tiny_model import MEDIA, gradients, make_batch, make_sample, tiny_config
 from train.model.omni import build_model, module_of
 from train.model.stand_in import HEADS, MODEL_OF
@@ -118,11 +119,45 @@ def test_the_loss_does_not_depend_on_packing():
 
 
 def test_labels_that_do_not_match_the_patches_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"12 patches, but 9 label tokens.*tiny/sample1"):
+    with pytest.raises(ValueError, match=r"tiny/sample1 has 12 patches, but 9 label tokens\. Give"):
         stand_in("patch_labels")(make_batch([[supervise(make_sample(1, 30, grids=[(3, 4)]), 10)]]))
+
+
+def test_labels_never_slide_from_one_picture_to_another():
+    samples = [picture(n, (3, 4)) for n in range(4)]
+    samples[1:3] = [supervise(make_sample(1, 30, grids=[(3, 4)]), 12), picture(2, (3, 4))]
+    samples[2].labels[-14] = samples[2].input_ids[-14]  # in all, there are as many labels as patches
+    with pytest.raises(ValueError) as error:
+        stand_in("patch_labels")(make_batch([samples[:2], samples[2:]]))
+    assert "tiny/sample1 has 12 patches, but 11 label tokens, tiny/sample2 has 12 patches, but 13" in str(
+        error.value
+    )
+    assert "sample0" not in str(error.value) and "sample3" not in str(error.value)
+    blind = make_sample(5, 9, grids=[(2, 2)])
+    blind.labels[:] = IGNORE
+    with pytest.raises(ValueError, match="4 patches are of samples without a label"):
+        stand_in("patch_labels")(make_batch([[samples[0], blind]]))
 
 
 def test_ctc_wants_one_clip_a_sample():
     two = supervise(make_sample(1, 10, clips=[20, 20]), 4)
-    with pytest.raises(ValueError, match=r"2 clips in 1 samples.*tiny/sample1"):
+    with pytest.raises(ValueError, match=r"tiny/sample1 has 2 clips\. Give"):
         stand_in("ctc")(make_batch([[two]]))
+
+
+def test_no_transcript_is_ever_learnt_on_the_clip_of_another():
+    two, none = supervise(make_sample(1, 10, clips=[20, 20]), 4), supervise(make_sample(2, 10), 4)
+    for samples in ([two, none], [none, two], [clip(3, 40, 3), two, none]):
+        with pytest.raises(ValueError) as error:
+            stand_in("ctc")(make_batch([samples]))
+        assert "tiny/sample1 has 2 clips" in str(error.value)
+        assert "tiny/sample2 has 0 clips" in str(error.value) and "sample3" not in str(error.value)
+
+
+def test_a_sample_dropped_in_its_place_does_not_confuse_whose_clip_is_whose():
+    gone = BlankSegment(30, Dropped("tiny", "shard", "gone", "audio_corrupt", "it is damaged"))
+    model = stand_in("ctc")
+    samples = [clip(1, 40, 3), clip(2, 25, 5)]
+    expected = model(make_batch([samples])).loss_sum
+    loss_sum = model(make_batch([[gone, samples[0]], [samples[1], gone]])).loss_sum  # type: ignore[list-item]
+    torch.testing.assert_close(loss_sum, expected)

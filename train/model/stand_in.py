@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data.geometry import MediaConfig
-from data.sample import Batch
+from data.sample import Batch, VisionBatch
 from train.model.config import ModelConfig
 from train.model.head import LossHead
 from train.model.omni import LossParts, MegrezOmni
@@ -38,15 +38,11 @@ class PatchLabeller(MegrezOmni):
         turn labels none, and its loss is 0.
 
         Raises:
-            ValueError: patches and labels are not equally many.
+            ValueError: the patches and labels of a sample are not equally many.
         """
+        _check_patches(batch)
         features = self.vision.vpm(batch.vision)[_reading_order(batch)]
         labels = (~_ends_sample(batch)).nonzero()[:, 0]
-        if len(labels) != len(features):
-            raise ValueError(
-                f"objective=patch_labels: {len(features)} patches, but {len(labels)} label tokens among "
-                f"samples {_names(batch)}. Give each picture one label token a patch, in reading order."
-            )
         loss_sum, losses = self.vision.vpm.label_head(  # type: ignore[operator]
             features, batch.targets[labels], batch.weights[labels]
         )
@@ -67,19 +63,14 @@ class SpeechReader(MegrezOmni):
         A clip too short for its transcript has the loss 0.
 
         Raises:
-            ValueError: a sample has not exactly one clip.
+            ValueError: a sample has not exactly one clip, in a batch that has any.
         """
         logits = self.audio.audio.ctc_head(self.audio.audio(batch.audio, project=False)).float()  # type: ignore[operator]
         if not len(batch.audio.index):
             return LossParts(logits.sum() * 0.0, torch.zeros_like(batch.weights))
-        clips = batch.audio.bos_index
-        if len(clips) != len(batch.samples):
-            raise ValueError(
-                f"objective=ctc: {len(clips)} clips in {len(batch.samples)} samples ({_names(batch)}). "
-                "Give each sample exactly one clip of at most media.audio.window_seconds."
-            )
+        _check_clips(batch)
         supervised = torch.bincount(batch.sample, minlength=len(batch.samples))
-        losses = self._ctc(logits, batch, clips.argsort().tolist(), supervised - 1)
+        losses = self._ctc(logits, batch, batch.audio.bos_index.argsort().tolist(), supervised - 1)
         each = (losses / supervised)[batch.sample]
         return LossParts((each * batch.weights).sum(), each.detach())
 
@@ -124,12 +115,64 @@ def _reading_order(batch: Batch) -> Tensor:
     vision = batch.vision
     if not len(vision.index):
         return vision.index
-    first_tokens = vision.index.view(len(vision.grids), -1)[:, 0]
-    sizes = vision.cu_seqlens.diff()
+    first_tokens, sizes = _slices(vision)
     patches = torch.arange(len(vision.pixels), device=sizes.device).split(sizes.tolist())
     return torch.cat([patches[place] for place in first_tokens.argsort().tolist()])
 
 
-def _names(batch: Batch) -> str:
-    shown = ", ".join(f"{info.source}/{info.key}" for info in batch.samples[:3])
-    return shown + (", ..." if len(batch.samples) > 3 else "")
+def _slices(vision: VisionBatch) -> tuple[Tensor, Tensor]:
+    """Returns the place of each slice's first token and its number of patches, [N] each."""
+    return vision.index.view(len(vision.grids), -1)[:, 0].contiguous(), vision.cu_seqlens.diff()
+
+
+def _check_patches(batch: Batch) -> None:
+    patches = [0] * (len(batch.samples) + 1)
+    if len(batch.vision.index):
+        patches = _count_by_sample(batch, *_slices(batch.vision))
+    wrong = [
+        f"{info.source}/{info.key} has {count} patches, but {max(info.supervised - 1, 0)} label tokens"
+        for info, count in zip(batch.samples, patches)
+        if count != max(info.supervised - 1, 0)
+    ]
+    if patches[-1]:
+        wrong.append(f"{patches[-1]} patches are of samples without a label")
+    if wrong:
+        raise ValueError(
+            f"objective=patch_labels: {_listed(wrong)}. Give each picture one label token a patch, in "
+            "reading order."
+        )
+
+
+def _check_clips(batch: Batch) -> None:
+    places = batch.audio.bos_index
+    clips = _count_by_sample(batch, places, torch.ones_like(places))
+    wrong = [
+        f"{info.source}/{info.key} has {count} clips"
+        for info, count in zip(batch.samples, clips)
+        if count != 1
+    ]
+    if wrong:
+        raise ValueError(
+            f"objective=ctc: {_listed(wrong)}. Give each sample exactly one clip of at most "
+            "media.audio.window_seconds."
+        )
+
+
+def _count_by_sample(batch: Batch, places: Tensor, amounts: Tensor) -> list[int]:
+    """Returns the sum of the amounts at places in each sample, and last of those in none with a label.
+
+    A segment of the batch is a sample, so its supervised positions tell which. Totals alone would let
+    one sample's labels slide onto the media of another.
+
+    Shapes: places int64 [N], amounts int [N].
+    """
+    bounds = batch.cu_seqlens.long()
+    owners = batch.sample.new_full((len(bounds) + 1,), len(batch.samples))
+    owners[torch.searchsorted(bounds, batch.supervised, right=True)] = batch.sample
+    found = owners[torch.searchsorted(bounds, places, right=True)]
+    counts = batch.sample.new_zeros(len(batch.samples) + 1)
+    return counts.index_add(0, found, amounts.long()).tolist()
+
+
+def _listed(wrong: list[str]) -> str:
+    return ", ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")

@@ -5,6 +5,8 @@ Sources: SigLIP (arXiv 2303.15343), Megrez-Omni (arXiv 2502.15803).
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -135,6 +137,7 @@ class Resampler(nn.Module):
     def __init__(self, config: VisionConfig, image: ImageGeometry, width: int):
         super().__init__()
         self.sides = max(image.max_side_patches, image.table_side)
+        self.slice_side = image.slice_pixels // image.patch_pixels
         self.query = nn.Parameter(torch.empty(image.queries, width))
         self.proj = nn.Parameter(torch.empty(width, width))
         self.kv_proj = nn.Linear(config.width, width, bias=False)
@@ -161,8 +164,25 @@ def sincos_positions(coordinates: Tensor, width: int, sides: int, dtype: torch.d
 
     Shapes: coordinates int64 [P, 2] (row, column), below `sides`; result [P, width].
     """
-    device, quarter = coordinates.device, width // 4
-    exponents = torch.arange(quarter, device=device, dtype=torch.float32) / quarter
-    angles = torch.arange(sides, device=device, dtype=torch.float32)[:, None] * 10000.0**-exponents
-    table = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
-    return table[coordinates.flip(1)].flatten(1)
+    indices = torch.arange(sides, device=coordinates.device, dtype=torch.float32)
+    return _sincos_table(indices, width).to(dtype)[coordinates.flip(1)].flatten(1)
+
+
+def sincos_grid(points: int, width: int, extent: int) -> Tensor:
+    """Returns sin-cos positions, [points, width], of points spread evenly over a square, row by row.
+
+    They start where the patches are: queries that were placed by their own numbers would leave most
+    of a slice of `extent` x `extent` patches to none of them.
+    """
+    side = math.isqrt(points - 1) + 1
+    centres = (torch.arange(side, dtype=torch.float32) + 0.5) * extent / side - 0.5
+    places = torch.arange(points)
+    coordinates = torch.stack([places % side, places // side], dim=1)
+    return _sincos_table(centres, width)[coordinates].flatten(1)
+
+
+def _sincos_table(positions: Tensor, width: int) -> Tensor:
+    quarter = width // 4
+    exponents = torch.arange(quarter, device=positions.device, dtype=torch.float32) / quarter
+    angles = positions[:, None] * 10000.0**-exponents
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -174,7 +174,7 @@ def test_the_command_speaks_and_its_rate_is_converted(tmp_path):
     ],
 )
 def test_a_failing_command_names_the_text(tmp_path, body, problem):
-    speak = command_speak(program(tmp_path, body) + " {out}")
+    speak = command_speak(program(tmp_path, body) + " {out} {rate}")
     with pytest.raises(ValueError, match=rf"--tts-command=.*'open the door' it {problem}"):
         speak("open the door", ENGLISH)
 
@@ -183,6 +183,7 @@ def test_a_failing_command_names_the_text(tmp_path, body, problem):
     "command, problem",
     [
         ("tts --text", r"Put \{out\} where"),
+        ("tts {out} {voice} {language}", r"uses neither \{rate\} nor \{pitch\}"),
         ("tts {outt}", "KeyError"),
         ("tts {out", "cannot be filled in"),
         ("tts '{out}", "No closing quotation"),
@@ -196,4 +197,4 @@ def test_a_command_that_cannot_work_is_refused_before_anything_is_said(command, 
 
 def test_a_program_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"no-such-program.*cannot be run"):
-        command_speak("no-such-program {out}")("hello", ENGLISH)
+        command_speak("no-such-program {out} {pitch}")("hello", ENGLISH)

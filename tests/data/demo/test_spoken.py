@@ -117,7 +117,7 @@ def test_the_chosen_command_speaks_for_all(monkeypatch, tmp_path):
     monkeypatch.setattr(spoken, "_command", None)
     clip = tmp_path / "clip.wav"
     clip.write_bytes(made(spoken.make_asr_en, False, 1)[0].media["clip.wav"])
-    spoken.initialise(f"cp {clip} {{out}}")
+    spoken.initialise(f'sh -c \'cp "$0" "$1"\' {clip} {{out}} {{rate}}')
     clips = {sample.media["clip.wav"] for make in MAKERS for sample in made(make, False, 2)}
     assert len(clips) == 1
 

@@ -6,7 +6,7 @@ from data.demo import pictures, scenes, sentences, spoken
 from data.demo.charts import describe as describe_chart
 from data.demo.charts import make_chart
 from data.demo.patches import LABELS
-from data.demo.texts import BLANK, HEARD, blank, every_text, make_text, recite
+from data.demo.texts import BLANK, CHATS, HEARD, blank, every_text, make_instruction, make_text, recite
 from data.demo.words import MOST_IDS, find_words, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -45,9 +45,11 @@ def test_prompts_are_exactly_those_of_the_pictures():
 
 
 def test_what_is_heard_stands_alone_where_nothing_is_written_beside_it():
-    asked = {without_blanks(asked) for asked, *_ in texts(False)}
+    rngs = map(np.random.default_rng, range(600))
+    asked = {without_blanks(make_instruction(rng, False)[0]) for rng in rngs}
     for instruction, _ in sentences.instructions()[:20]:
         assert f"{HEARD}{instruction}\n" in asked
+    asked = {without_blanks(asked) for asked, *_ in texts(False)}
     assert any(text.endswith(f"\n{HEARD}what is on the left\n") for text in asked)
 
 
@@ -86,6 +88,35 @@ def test_documents_recite_a_list_in_order():
     said = {recite(np.random.default_rng(number)) for number in range(300)}
     assert any(text.startswith("monday tuesday wednesday") for text in said)
     assert all(len(text.split()) >= 3 for text in said)
+
+
+def test_no_text_says_a_sentence_that_is_spoken_in_evaluation_only():
+    held_out = {text.replace(" ", "") for text in spoken_sentences() if sentences.is_held_out(text)}
+    assert len(held_out) > 1500
+    said = {text for pair in (*CHATS, *sentences.instructions()) for text in pair}
+    said |= {recite(np.random.default_rng(number)) for number in range(3000)}
+    said |= {text for exchange in texts(False) for text in exchange if HEARD not in text}
+    assert not {text.replace(" ", "") for text in said} & held_out
+
+
+def spoken_sentences():
+    """Yields all sentences that can be transcribed."""
+    for count in (2, 3, 4):
+        yield from map(" ".join, itertools.product(sentences.DIGITS, repeat=count))
+        yield from map("".join, itertools.product(sentences.DIGITS_ZH, repeat=count))
+    which = (*sentences.COLOURS, *sentences.PLACES)
+    yield from map(" ".join, itertools.product(sentences.VERBS, ["the"], which, sentences.NOUNS))
+    amounts = [*map(" ".join, itertools.product(sentences.NUMBERS, sentences.COLOURS, sentences.SHAPES))]
+    yield from (*amounts, *map(" ".join, itertools.product(sentences.VERBS, amounts)))
+    counted = itertools.product(sentences.NUMBERS_ZH, "个", sentences.COLOURS_ZH, "色", sentences.SHAPES_ZH)
+    ordered = itertools.product(sentences.VERBS_ZH, sentences.COLOURS_ZH, ["色的"], sentences.NOUNS_ZH)
+    yield from map("".join, (*counted, *ordered))
+
+
+def test_recited_numbers_are_never_those_of_held_out_signs_and_sentences():
+    for number in range(3000):
+        text = recite(np.random.default_rng(number))
+        assert not sentences.is_held_out(text) and not sentences.is_held_out(text.replace(" ", ""))
 
 
 def test_every_word_is_one_token_with_a_space_and_without():
