@@ -15,12 +15,12 @@ from data.demo.scenes import (
     outline_of,
     to_jpeg,
 )
-from data.demo.signs import BOARD, draw_board, make_number
+from data.demo.signs import BOARD, WORDS, draw_board, make_number, make_panel
 
 PATCH_PIXELS = 14
 NONE = "none"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-LABELS = (NONE, *DIGITS, *(colour + shape for colour in COLOURS for shape in SHAPES))
+LABELS = (NONE, *DIGITS, *WORDS, *(colour + shape for colour in COLOURS for shape in SHAPES))
 LEAST_COVERAGE = {"scene": 0.3, "number": 0.5}
 """Share of a patch that an object, or the box of a digit, must cover to give it its name."""
 
@@ -35,9 +35,13 @@ def labelled_scene(rng: np.random.Generator, held_out: bool) -> tuple[bytes, str
 
 
 def labelled_number(rng: np.random.Generator, held_out: bool) -> tuple[bytes, str]:
-    """Returns a sign as JPEG and its patch labels in reading order, such as `none seven ...`."""
-    picture, characters = draw_board(make_number(rng, held_out), BOARD, rng)
-    names = [DIGITS[int(character)] for character, _ in characters]
+    """Returns a number, or a document's panel (one in three), as JPEG with its patch labels.
+
+    They are in reading order, such as `none seven ...`.
+    """
+    make = make_number if rng.random() < 2 / 3 else make_panel
+    picture, characters = draw_board(make(rng, held_out), BOARD, rng)
+    names = [DIGITS[int(name)] if name.isdigit() else name for name, _ in characters]
     return to_jpeg(picture, rng), _label(
         names, [_corners(box) for _, box in characters], LEAST_COVERAGE["number"]
     )

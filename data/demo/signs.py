@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data.demo.scenes import Box, tint, to_jpeg
 from data.demo.sentences import COLOURS_ZH, NOUNS_ZH, is_held_out
 
-WORDS = ("exit", "gate", "room", "bus", "shop", "open", "stop", "taxi")
+WORDS = ("exit", "gate", "room", "bus")
 CHINESE = tuple(dict.fromkeys("".join((*COLOURS_ZH, *NOUNS_ZH))))
 """Characters of Chinese signs, which are drawn only when there is a font for them."""
 
@@ -98,6 +98,11 @@ def make_number(rng: np.random.Generator, held_out: bool) -> Sign:
     return _draw_until(lambda: Sign(((_digits(rng, 2, 3),),)), held_out)
 
 
+def make_panel(rng: np.random.Generator, held_out: bool) -> Sign:
+    """Returns one panel of a document, of the tenth of all that is held out or not."""
+    return _draw_until(lambda: Sign((_panel(rng),)), held_out)
+
+
 def make_sign(rng: np.random.Generator, held_out: bool) -> Sign:
     """Returns a number (five in six) or a document; with a font, a fifth are Chinese."""
     if _font_path is not None and rng.random() < 0.2:
@@ -137,7 +142,7 @@ def draw_sign(sign: Sign, rng: np.random.Generator) -> bytes:
 def draw_board(
     sign: Sign, size: tuple[int, int], rng: np.random.Generator
 ) -> tuple[Image.Image, list[tuple[str, Box]]]:
-    """Returns the picture of the first panel, and each of its characters with its box in pixels."""
+    """Returns the picture of the first panel, and the digit or word of each character with its box."""
     paper, ink = _paint(rng)
     picture = Image.new("RGB", size, paper)
     return picture, _write(picture, _arrange(sign.panels[0], size, rng), (0, 0), ink)
@@ -186,7 +191,7 @@ def _advances(line: _Line) -> list[float]:
 def _write(
     picture: Image.Image, lines: list[_Line], corner: tuple[int, int], ink: tuple[int, int, int]
 ) -> list[tuple[str, Box]]:
-    """Draws the lines with `corner` as their origin; returns each character with its box."""
+    """Draws the lines with `corner` as their origin; returns what `draw_board` does of them."""
     draw, boxes = ImageDraw.Draw(picture), []
     for line in lines:
         font = _font(_path(line.text), line.pixels)
@@ -195,6 +200,7 @@ def _write(
         stroke = int(line.pixels >= BOLD_FROM_PIXELS)
         for character, advance in zip(line.text, _advances(line)):
             draw.text((left, top), character, fill=ink, font=font, stroke_width=stroke)
-            boxes.append((character, (left, top + above, left + advance, top + below)))
+            name = character if line.text.isdigit() else line.text
+            boxes.append((name, (left, top + above, left + advance, top + below)))
             left += advance
     return boxes
