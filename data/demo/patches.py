@@ -15,7 +15,7 @@ from data.demo.scenes import (
     outline_of,
     to_jpeg,
 )
-from data.demo.signs import BOARD, WORDS, draw_board, make_number, make_panel
+from data.demo.signs import BOARD, WORDS, Sign, draw_board, make_number, make_panel
 
 PATCH_PIXELS = 14
 NONE = "none"
@@ -35,12 +35,14 @@ def labelled_scene(rng: np.random.Generator, held_out: bool) -> tuple[bytes, str
 
 
 def labelled_number(rng: np.random.Generator, held_out: bool) -> tuple[bytes, str]:
-    """Returns a number, or a document's panel (one in three), as JPEG with its patch labels.
-
-    They are in reading order, such as `none seven ...`.
-    """
+    """Returns what `label_board` does of a number or, one time in three, of a document's panel."""
     make = make_number if rng.random() < 2 / 3 else make_panel
-    picture, characters = draw_board(make(rng, held_out), BOARD, rng)
+    return label_board(make(rng, held_out), rng)
+
+
+def label_board(sign: Sign, rng: np.random.Generator) -> tuple[bytes, str]:
+    """Returns a board as JPEG and its patch labels in reading order, such as `none seven ...`."""
+    picture, characters = draw_board(sign, BOARD, rng)
     names = [DIGITS[int(name)] if name.isdigit() else name for name, _ in characters]
     return to_jpeg(picture, rng), _label(
         names, [_corners(box) for _, box in characters], LEAST_COVERAGE["number"]
