@@ -114,7 +114,7 @@ def test_a_complete_run_says_so_and_another_config_is_refused(tmp_path, text_sha
     assert first.code == again.code == 0 and "already complete" in again.output
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     other = launch(tmp_path / "run", *words, "optim.lr=3e-4", code=2)
-    assert "optim.lr: 0.001 there, 0.0003 now" in other.output
+    assert "optim.lr: 0.0005 there, 0.0003 now" in other.output
     never = launch(tmp_path / "run", *words, "resume=never", code=2)
     assert "resume=never starts afresh in an empty folder only" in never.output
 
