@@ -14,7 +14,7 @@ from train.data import build_encoder, load_tables
 from train.engine import Engine, build_engine, start_engine
 from train.folder import RunFolder
 from train.held_out import HeldOut
-from train.model.omni import build_model
+from train.model.omni import meta_model
 from train.weights import WeightReader
 
 
@@ -27,7 +27,7 @@ def evaluate(config: RunConfig, out: Path, *, as_json: bool = False) -> dict[str
     reader, step = open_weights(RunFolder(config))
     accelerator = start_engine(config)
     with readable_errors(every_rank=True):
-        model = build_model(config.model, config.media, config.seed)
+        model = meta_model(config.model, config.media)
         model.set_tuned(config.tuned)
         engine = build_engine(config, accelerator, model)
         copy_weights(engine, reader)

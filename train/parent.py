@@ -15,8 +15,15 @@ from train.compose import to_plain
 from train.config import RunConfig
 from train.folder import differences
 
-FITS_ANYWAY = ("model.recompute", "model.stage_lr")
-"""What a parent's model may have otherwise: how it is computed and trained, not what it is."""
+FITS_ANYWAY = (
+    "model.recompute",
+    "model.stage_lr",
+    "model.weights",
+    "model.parts",
+    "model.fresh",
+    "model.ignore",
+)
+"""What a parent's model may have otherwise: how it began, is computed and trained, not what it is."""
 
 RANDOM = "random"
 """Among `parents`: a pipeline may begin with this stage, from random weights."""
