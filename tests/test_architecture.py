@@ -19,7 +19,14 @@ ONLY_IN = {
     "webdataset": {"data/shards.py"},
 }
 # Torch-free by law, so that a bad recipe is refused before seconds of imports.
-TORCH_FREE = {"train/evaluate.py", "train/compose.py", "train/folder.py", "train/parent.py", "train/sinks.py"}
+TORCH_FREE = {
+    "train/evaluate.py",
+    "train/compose.py",
+    "train/folder.py",
+    "train/parent.py",
+    "train/release.py",
+    "train/sinks.py",
+}
 # What `launch` may know of a run: how it is composed and where it is kept, nothing that computes.
 FOR_LAUNCH = (
     "data.config",
