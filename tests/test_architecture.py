@@ -25,6 +25,7 @@ TORCH_FREE = {
     "train/folder.py",
     "train/parent.py",
     "train/release.py",
+    "train/request.py",
     "train/sinks.py",
 }
 # What `launch` may know of a run: how it is composed and where it is kept, nothing that computes.

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -88,19 +89,40 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _files(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    raise ValueError(
+        f"{folder}: has neither {INDEX} nor {SINGLE}. Name a folder of whole weights, or a run whose stage "
+        "is complete."
+    )
+
+
+def _open(path: Path):
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing, but {INDEX} names it. Copy the whole folder again.")
+    try:
+        return safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is damaged or cut off ({error}). Copy it again.") from error
+
+
 class WeightReader:
-    """Reads ranges of whole weights, with the interface of `train.checkpoint.PieceReader`."""
+    """Reads ranges of whole weights, with the interface of `train.checkpoint.PieceReader`.
+
+    The folder holds an index and the files it names, or one model.safetensors.
+
+    Raises:
+        ValueError: it holds neither, or a file is missing or damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / INDEX
-        if not index.is_file():
-            raise ValueError(f"{folder}: has no {INDEX}. Name a run whose stage is complete.")
-        self._files = json.loads(index.read_text())["weight_map"]
-        handles = {
-            file: safe_open(str(folder / file), framework="pt") for file in sorted(set(self._files.values()))
-        }
-        self._handles = {name: handles[file] for name, file in self._files.items()}
+        handles = {file: _open(folder / file) for file in _files(folder)}
+        self._handles = {name: handle for handle in handles.values() for name in handle.keys()}  # noqa: SIM118
         self.shapes = {
             name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()
         }
