@@ -59,7 +59,7 @@ def read_request(words: list[str]) -> Request:
 
 def _read_sampling(chosen: dict[str, str]) -> tuple[Sampling, list[str]]:
     sampling, problems = Sampling(), []
-    for name in set(chosen) & {entry.name for entry in fields(Sampling)}:
+    for name in (entry.name for entry in fields(Sampling) if entry.name in chosen):
         default = getattr(sampling, name)
         try:
             setattr(sampling, name, type(default)(chosen[name]))
