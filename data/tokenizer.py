@@ -82,6 +82,36 @@ class TextTokenizer:
         return token
 
 
+class TextStream:
+    """Turns ids into text as they come, and never gives out a part of a character."""
+
+    def __init__(self, tokenizer: TextTokenizer):
+        self._tokenizer = tokenizer
+        self._said: list[int] = []
+        self._waiting: list[int] = []
+
+    def add(self, token: int) -> str:
+        """Returns the text that this id completes; nothing while a character lacks bytes."""
+        self._waiting.append(token)
+        text = self._text()
+        # Bytes that are no whole character yet are decoded as a replacement character at the end.
+        return "" if text.endswith("\ufffd") else self._give_out(text)
+
+    def end(self) -> str:
+        """Returns what is left, with a replacement character for bytes that make none."""
+        return self._give_out(self._text())
+
+    def _text(self) -> str:
+        # Decoded behind what came before: some tokenizers treat the first token of a text otherwise.
+        before = self._tokenizer.decode(self._said)
+        return self._tokenizer.decode(self._said + self._waiting)[len(before) :]
+
+    def _give_out(self, text: str) -> str:
+        if self._waiting:
+            self._said, self._waiting = self._waiting, []
+        return text
+
+
 def load_tokenizer(folder: str | None) -> TextTokenizer:
     """Returns the tokenizer of a checkpoint folder (its tokenizer.json); None is the built-in one.
 

@@ -20,11 +20,14 @@ ONLY_IN = {
 }
 # Torch-free by law, so that a bad recipe is refused before seconds of imports.
 TORCH_FREE = {
+    "train/chat.py",
     "train/evaluate.py",
     "train/compose.py",
     "train/folder.py",
     "train/parent.py",
     "train/release.py",
+    "train/request.py",
+    "train/sampling.py",
     "train/sinks.py",
 }
 # What `launch` may know of a run: how it is composed and where it is kept, nothing that computes.
