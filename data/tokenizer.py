@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 BUILT_IN = Path(__file__).parent / "assets" / "tokenizer.json"
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+"""What a folder may hold of a tokenizer. The first is all that is needed."""
 
 SPECIAL_TOKENS = (
     "<|eos|>",
@@ -110,6 +114,27 @@ class TextStream:
         if self._waiting:
             self._said, self._waiting = self._waiting, []
         return text
+
+
+def choose_folder(named: str | None, run: str | None, weights: str | None, llm: str | None) -> str | None:
+    """Returns the tokenizer's folder: the one named, else what comes with the weights a stage starts from.
+
+    Those are an earlier run, a release folder or a language model; None is the built-in tokenizer.
+    """
+    if named is not None:
+        return named
+    final = Path(run or "") / "final"
+    if run and (final / FILES[0]).is_file():
+        return str(final)
+    return weights or llm
+
+
+def copy_tokenizer(folder: str | None, into: Path) -> None:
+    """Copies the files of a tokenizer, with its chat template if it has one, into another folder."""
+    source = BUILT_IN.parent if folder is None else Path(folder)
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, into / name)
 
 
 def load_tokenizer(folder: str | None) -> TextTokenizer:

@@ -23,12 +23,16 @@ TORCH_FREE = {
     "train/chat.py",
     "train/evaluate.py",
     "train/compose.py",
+    "train/first_weights.py",
     "train/folder.py",
     "train/parent.py",
+    "train/parts.py",
     "train/release.py",
     "train/request.py",
     "train/sampling.py",
     "train/sinks.py",
+    "train/tensor_files.py",
+    "train/model/shapes.py",
 }
 # What `launch` may know of a run: how it is composed and where it is kept, nothing that computes.
 FOR_LAUNCH = (
@@ -38,6 +42,7 @@ FOR_LAUNCH = (
     "train.compose",
     "train.folder",
     "train.parent",
+    "train.first_weights",
     "train.sinks",
 )
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
+from train.folder import differences
 from train.model.shapes import Shapes, release_shapes
-from train.parent import read_parent
+from train.parent import FITS_ANYWAY, read_parent
 from train.parts import LAYOUTS, is_tied, refuse_part
+from train.release import read_release
 from train.tensor_files import TensorFiles, read_tensor_files
 
 WORDS = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
@@ -32,6 +34,17 @@ PREFIXES = {"llm": "llm.", "vision_encoder": "vision.vpm.", "audio_encoder": "au
 
 CONNECTOR_WITHIN = ("audio.audio.proj.", "audio.audio.audio_bos_eos_token.")
 """The audio connector lies among the names of its encoder, but in no released encoder."""
+
+ANY_VALUE = (
+    "model.name",
+    "model.llm.max_positions",
+    "media.image.slice_pixels",
+    "media.image.max_slices",
+    "media.image.max_side_patches",
+    "media.audio.window_seconds",
+    "media.audio.long_audio",
+)
+"""What may be otherwise than in a release's config.json, since no weight depends on it."""
 
 FINGERPRINT_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
@@ -94,6 +107,11 @@ class FirstWeights:
         return lines
 
 
+def is_random(config: RunConfig) -> bool:
+    """Returns whether a stage starts from nothing."""
+    return config.init_from is None and config.model.weights is None and not config.model.parts.named
+
+
 def open_first_weights(config: RunConfig) -> FirstWeights:
     """Returns where the weights of a stage come from.
 
@@ -128,10 +146,23 @@ def _from_release(config: RunConfig) -> FirstWeights:
     folder = Path(str(config.model.weights))
     where = f"model.weights={folder}"
     files = read_tensor_files(folder, where)
+    _refuse_sizes(config, folder, where)
     parent = {"weights": str(folder), "weights_digest": fingerprint([files])}
     return _complete(
         FirstWeights(f"Weights of {folder}.", _shapes(config), parent), _all_of(files), (), config, where
     )
+
+
+def _refuse_sizes(config: RunConfig, folder: Path, where: str) -> None:
+    model, media = read_release(folder)
+    theirs = {"model": asdict(model), "media": asdict(media)}
+    ours = {"model": asdict(config.model), "media": asdict(config.media)}
+    found = differences(theirs, ours, (*FITS_ANYWAY, *ANY_VALUE))
+    if found:
+        named = [f"  {path}: {there} there, {now} now" for path, there, now in found]
+        raise ValueError(
+            "\n".join([f"{where}: holds another model than was asked for. Use the same:", *named])
+        )
 
 
 def _from_parts(config: RunConfig) -> FirstWeights:

@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data.tokenizer import copy_tokenizer
 from train.checkpoint import PieceReader
 from train.compose import to_yaml
 from train.config import RunConfig
 from train.model.omni import NEVER_TUNED, module_of
 from train.model.stand_in import HEADS
-from train.parent import tokenizer_digest
+from train.parent import tokenizer_digest, tokenizer_folder
 from train.weights import FirstWeightsReader, sync, write_weights
 
 
@@ -78,6 +79,7 @@ def write_final(
         **facts,
     }
     (partial / "config.yaml").write_text(to_yaml(config))
+    copy_tokenizer(tokenizer_folder(config), partial)
     (partial / "stage.json").write_text(json.dumps(stage, indent=1, ensure_ascii=False))
     sync(partial / "stage.json")
     os.replace(partial, final)
