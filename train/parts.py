@@ -83,7 +83,7 @@ def refuse_part(part: str, folder: Path, model: ModelConfig, media: MediaConfig,
         return [f"{where}: is a model of type {kind!r}. Name one of type {' or '.join(layout.kinds)}."]
     facts = layout.facts(config.get(layout.node, config), model, media)
     return [
-        f"{where}: its {path.rpartition('.')[2]} is {theirs}, {path} is {ours}. Use one for both."
+        f"{where}: has {path.rpartition('.')[2]} {theirs}, where {path} is {ours}. Use one for both."
         for path, (theirs, ours) in facts.items()
         if theirs != ours
     ]
