@@ -48,6 +48,7 @@ MODULE_COMMANDS = (
     "launch.curves",
     "launch.pipeline",
     "train.evaluate",
+    "train.export",
 )
 
 
