@@ -55,15 +55,21 @@ def _open(source: Source):
     if source.config is None:
         return WeightReader(source.folder), None
     reader, step = open_weights(RunFolder(source.config))
-    if isinstance(reader, PieceReader) and (parent := _parent(source.config)):
+    if isinstance(reader, PieceReader) and (parent := _parent(source.config, reader.state)):
         return FrozenFromParent(source.config, reader, parent), step
     return reader, step
 
 
-def _parent(config: RunConfig) -> WeightReader | None:
-    """Returns the weights of a parent, which hold frozen modules unrounded, where they are still there."""
-    final = Path(config.init_from or "") / "final"
-    return WeightReader(final) if config.init_from and (final / INDEX).is_file() else None
+def _parent(config: RunConfig, state: dict[str, Any]) -> WeightReader | None:
+    """Returns the weights that a run started from, which hold its frozen modules unrounded.
+
+    None where there are none, or others by now.
+    """
+    stage_file = Path(config.init_from or "") / "final" / "stage.json"
+    if config.init_from is None or not stage_file.is_file():
+        return None
+    digest = json.loads(stage_file.read_text())["weights_digest"]
+    return WeightReader(stage_file.parent) if digest == state.get("parent_weights_digest") else None
 
 
 def check_weights(reader, source: Source) -> None:

@@ -27,6 +27,8 @@ from tests.train.released import conversations, write_release
 from tests.train.test_omni import release_shapes
 from tests.train.tiny_model import MEDIA, tiny_config
 from train.answers import STOPS
+from train.export import main
+from train.export_folder import _parent as parent_of
 from train.export_folder import export
 from train.export_request import read_request
 from train.export_source import release_of
@@ -263,17 +265,28 @@ def test_run_is_exported_from_its_last_checkpoint_as_from_its_end(run, tmp_path,
     assert (model.llm.width, media.image.queries) == (64, 4)
 
 
-def test_command_prints_json_and_leaves_nothing_half_written(made, tmp_path):
+def test_frozen_modules_of_a_checkpoint_come_from_the_parent_it_started_from(made, tmp_path):
+    run_export(f"weights={made.folder}/release", f"out={tmp_path}/final", "format=megrez")
+    (tmp_path / "final" / "stage.json").write_text('{"weights_digest": "d"}')
+    config = SimpleNamespace(init_from=str(tmp_path))
+    found = parent_of(config, {"parent_weights_digest": "d"})
+    assert found is not None and found.folder == tmp_path / "final"
+    assert parent_of(config, {"parent_weights_digest": "other"}) is None
+    assert parent_of(SimpleNamespace(init_from=None), {}) is None
+
+
+def test_command_prints_json_and_refuses_a_folder_in_use(made, tmp_path, capsys):
     words = [f"weights={made.folder}/release", f"out={tmp_path}/out", "format=megrez", "--json"]
-    command = [sys.executable, "-m", "train.export", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    main(words)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
     assert (found["format"], found["dtype"], found["shards"]) == ("megrez", "bf16", 1)
-    assert "GB written" in done.stderr
-    again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
-    assert again.returncode == 2
-    assert again.stderr == f"out={tmp_path}/out: is there already, and not empty. Name a new folder.\n"
+    assert "GB written" in printed.err
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    text = f"out={tmp_path}/out: is there already, and not empty. Name a new folder.\n"
+    assert capsys.readouterr().err == text
 
 
 def test_weights_of_another_model_are_refused_and_nothing_is_left(made, tmp_path):
