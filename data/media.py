@@ -12,15 +12,24 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.audio.stream import AudioStream
-from av.error import FFmpegError
 from PIL import Image
 
 from data.config import LimitsConfig
 from data.sample import SampleError
+
+if TYPE_CHECKING:
+    import av
+    from av.audio.stream import AudioStream
+    from av.error import FFmpegError
+else:
+    try:
+        import av
+        from av.error import FFmpegError
+    except ImportError:  # an exported model is used for pictures and text without it
+        av, FFmpegError = None, OSError
 
 # Pillow has one limit a process, and only warns up to twice it. Ours is checked below, per call.
 Image.MAX_IMAGE_PIXELS = None
@@ -199,6 +208,8 @@ def _waveform(data: bytes, limits: LimitsConfig) -> Iterator[np.ndarray]:
 
 
 def _resampled(data: bytes) -> Iterator[np.ndarray]:
+    if av is None:
+        raise RuntimeError("av: it is not installed, and it reads recordings. Run pip install av.")
     try:
         options = {"format_whitelist": AUDIO_FORMATS}
         if data.startswith(b"RIFF"):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +17,8 @@ from safetensors.torch import save_file
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -38,45 +43,71 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_weights(reader, folder: Path, leave_out: tuple[str, ...] = ()) -> str:
-    """Merges a checkpoint's pieces into sharded safetensors with an index, and returns their digest.
+Report = Callable[[str, int, int], None]
+"""Is told of every file: its name, the bytes written so far, and those of all files."""
 
-    Holds one shard in memory at a time. `reader` is a `train.checkpoint.PieceReader`; weights whose
-    names begin with one of `leave_out` are not written.
+
+def write_weights(
+    reader,
+    folder: Path,
+    leave_out: tuple[str, ...] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    report: Report | None = None,
+) -> str:
+    """Writes whole weights as sharded safetensors with an index, and returns their digest.
+
+    Holds one shard in memory at a time. `reader` is a `train.checkpoint.PieceReader` or a
+    `WeightReader`; weights whose names begin with one of `leave_out` are not written. Without `dtype`
+    they are stored as they are, and counted as fp32 when the shards are planned.
     """
-    shards = _plan_shards(reader, leave_out)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _whole(reader, name) for name in names}
+    shapes = {name: reader.shapes[name] for name in reader.names() if not name.startswith(leave_out)}
+    itemsize = (dtype or torch.float32).itemsize
+    shards = plan_shards(shapes, itemsize, shard_bytes)
+    index = weight_index(shards, shapes, itemsize)
+    total = written = 0
+    for file, names in shards.items():
+        tensors = {name: _whole(reader, name, dtype) for name in names}
         save_tensors(tensors, folder / file)
-        weight_map |= dict.fromkeys(names, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        written += sum(itemsize * math.prod(shapes[name]) for name in names)
+        if report:
+            report(file, written, index["metadata"]["total_size"])
+    index["metadata"]["total_size"] = total
     (folder / INDEX).write_text(json.dumps(index, indent=1))
     sync(folder / INDEX)
     return weights_digest(folder)
 
 
-def _plan_shards(reader, leave_out: tuple[str, ...]) -> list[list[str]]:
+def plan_shards(shapes: Shapes, itemsize: int, shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
+    """Returns the names of each file's tensors, a file having at most `shard_bytes` or one tensor."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name in reader.names():
-        if name.startswith(leave_out):
-            continue
-        wanted = 4 * torch.Size(reader.shapes[name]).numel()
-        if shards[-1] and size + wanted > SHARD_BYTES:
+    for name, shape in shapes.items():
+        wanted = itemsize * math.prod(shape)
+        if shards[-1] and size + wanted > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += wanted
-    return shards
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": names
+        for number, names in enumerate(shards, start=1)
+    }
 
 
-def _whole(reader, name: str) -> torch.Tensor:
+def weight_index(shards: dict[str, list[str]], shapes: Shapes, itemsize: int) -> dict[str, Any]:
+    """Returns the index of planned files: where each tensor is, and how many bytes all have."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    total = sum(itemsize * math.prod(shape) for shape in shapes.values())
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _whole(reader, name: str, dtype: torch.dtype | None) -> torch.Tensor:
     shape = reader.shapes[name]
-    return reader.read("weight", name, 0, torch.Size(shape).numel()).reshape(shape)
+    whole = reader.read("weight", name, 0, math.prod(shape)).reshape(shape)
+    return whole if dtype is None else whole.to(dtype)
 
 
 def weights_digest(folder: Path) -> str:
@@ -126,6 +157,10 @@ class WeightReader:
         self.shapes = {
             name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()
         }
+
+    def names(self) -> list[str]:
+        """Returns every parameter's name."""
+        return sorted(self.shapes)
 
     def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Returns elements [start, stop) of a flattened weight."""

@@ -11,9 +11,10 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from train.model import attention
-from train.model.attention import ATTENTION, varlen_attention, varlen_options
+from train.model.attention import varlen_attention, varlen_options
 from train.model.config import LLMConfig
-from train.model.llm import RotaryTable, build_llm, llama_config
+from train.model.llm import ATTENTION, build_llm, llama_config
+from train.model.rotary import RotaryTable
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 

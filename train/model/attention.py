@@ -2,7 +2,7 @@
 
 The language model's documents, the slices of pictures, the clips and the resampler's queries all
 go through `varlen_attention`, so no token ever attends outside its own segment and nothing is
-padded. `ATTENTION` is the name under which an unmodified transformers model finds it.
+padded.
 """
 
 from __future__ import annotations
@@ -16,12 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
-
-ATTENTION = "segments"
-"""Name in transformers' attention tables."""
 
 
 def varlen_attention(
@@ -126,21 +120,3 @@ def varlen_options(known, causal: bool, grouped: bool) -> dict[str, Any]:
     if "enable_gqa" in known:
         options["enable_gqa"] = grouped
     return options
-
-
-def _transformers_attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """Attention function in transformers' form: tensors are [1, H, T, d], the result [1, T, H, d].
-
-    Without segments (generation with a cache, padded batches) it is transformers' SDPA, whose mask
-    `AttentionMaskInterface` builds under the same name.
-    """
-    if options.get("cu_seq_lens_q") is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    assert query.shape[0] == 1 and scaling in (None, query.shape[-1] ** -0.5)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    segments = (options[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
-    return varlen_attention(q, k, v, *segments, causal=True)[None], None
-
-
-AttentionInterface.register(ATTENTION, _transformers_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
-from train.model.attention import ATTENTION
+from train.model.attention import varlen_attention
 from train.model.config import LLMConfig
 from train.model.head import LossHead
+from train.model.rotary import RotaryTable
 
-
-class RotaryTable(nn.Module):
-    """Cosines and sines of rotary positions, without a buffer.
-
-    A stored inverse-frequency buffer is rounded to half precision when the model is cast, which
-    turns far positions by whole radians; and it is lost when a model is built on the meta device.
-    """
-
-    def __init__(self, head_dim: int, theta: float):
-        super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (cos, sin), each [B, L, head_dim], in the dtype of x."""
-        channels = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32)
-        angles = position_ids[..., None].float() * (1.0 / self.theta ** (channels / self.head_dim))
-        both = torch.cat([angles, angles], dim=-1)
-        return both.cos().to(x.dtype), both.sin().to(x.dtype)
+ATTENTION = "segments"
+"""Name of our attention in transformers' tables, under which an unmodified model finds it."""
 
 
 def llama_config(config: LLMConfig) -> LlamaConfig:
@@ -59,3 +43,21 @@ def build_llm(config: LLMConfig) -> LlamaForCausalLM:
     llm.model.rotary_emb = RotaryTable(config.head_dim, config.rope_theta)  # type: ignore[assignment]
     llm.lm_head = LossHead(config.width, config.vocab, bias=False)
     return llm
+
+
+def _transformers_attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """Attention function in transformers' form: tensors are [1, H, T, d], the result [1, T, H, d].
+
+    Without segments (generation with a cache, padded batches) it is transformers' SDPA, whose mask
+    `AttentionMaskInterface` builds under the same name.
+    """
+    if options.get("cu_seq_lens_q") is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    assert query.shape[0] == 1 and scaling in (None, query.shape[-1] ** -0.5)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    segments = (options[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+    return varlen_attention(q, k, v, *segments, causal=True)[None], None
+
+
+AttentionInterface.register(ATTENTION, _transformers_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

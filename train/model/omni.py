@@ -19,6 +19,7 @@ from data.sample import Batch
 from train.model.audio import POSITIONS, Audio, AudioEncoder, sinusoids
 from train.model.config import ModelConfig
 from train.model.llm import build_llm
+from train.model.placement import place_media
 from train.model.vision import Resampler, Vision, sincos_grid
 
 MODULES: dict[str, tuple[str, ...]] = {
@@ -142,12 +143,8 @@ class MegrezOmni(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """Returns what enters the language model, [T, D]: words, with media in their places."""
-        x = self.llm.model.embed_tokens(batch.input_ids.reshape(-1))
-        x = _place(x, batch.vision.index, self.vision(batch.vision))
-        audio, (tokens, marks) = batch.audio, self.audio(batch.audio)
-        x = _place(x, audio.index, tokens)
-        x = _place(x, audio.bos_index, marks[:1].expand(len(audio.bos_index), -1))
-        return _place(x, audio.eos_index, marks[1:].expand(len(audio.eos_index), -1))
+        words = self.llm.model.embed_tokens(batch.input_ids.reshape(-1))
+        return place_media(words, batch.vision, batch.audio, self.vision, self.audio)
 
 
 def build_model(
@@ -160,12 +157,6 @@ def build_model(
     torch.manual_seed(seed)
     model.initialise()
     return model
-
-
-def _place(x: Tensor, index: Tensor, features: Tensor) -> Tensor:
-    if not len(index):
-        features = features[:0]
-    return x.index_copy(0, index, features.to(x.dtype))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,0 +1,131 @@
+"""Writes an exported folder: weights, configs, tokenizer, code and model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.checkpoint import PieceReader
+from train.config import RunConfig
+from train.export_files import write_files
+from train.export_request import Format, Request
+from train.export_source import Source
+from train.folder import RunFolder
+from train.model.omni import MegrezOmni
+from train.model.stand_in import HEADS
+from train.model_card import model_card
+from train.source import open_run
+from train.stage import FrozenFromParent
+from train.weights import INDEX, WeightReader, sync, write_weights
+
+
+def export(request: Request, *, as_json: bool = False) -> dict[str, Any]:
+    """Returns what was written, and prints it. `request.out` appears whole or not at all.
+
+    Raises:
+        ValueError: the weights are not those of the model that the source's config describes.
+        OSError: the file system refused.
+    """
+    reader, step = _open(request.source)
+    check_weights(reader, request.source)
+    stream = sys.stderr if as_json else sys.stdout
+    partial = request.out.with_name(f".{request.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        digest = _write(request, reader, step, partial, stream)
+        index = json.loads((partial / INDEX).read_text())
+        os.replace(partial, request.out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(request.out.absolute().parent)
+    return _announce(request, step, digest, index, as_json)
+
+
+def _open(source: Source):
+    """Returns a reader of whole weights and the run's step, which a released folder has none of."""
+    if source.config is None:
+        return WeightReader(source.folder), None
+    reader, step = open_run(RunFolder(source.config))
+    if isinstance(reader, PieceReader) and (parent := _parent(source.config, reader.state)):
+        return FrozenFromParent(source.config, reader, parent), step
+    return reader, step
+
+
+def _parent(config: RunConfig, state: dict[str, Any]) -> WeightReader | None:
+    """Returns the weights that a run started from, which hold its frozen modules unrounded.
+
+    None where there are none, or others by now.
+    """
+    stage_file = Path(config.init_from or "") / "final" / "stage.json"
+    if config.init_from is None or not stage_file.is_file():
+        return None
+    digest = json.loads(stage_file.read_text())["weights_digest"]
+    return WeightReader(stage_file.parent) if digest == state.get("parent_weights_digest") else None
+
+
+def check_weights(reader, source: Source) -> None:
+    """Raises ValueError where names or shapes are not those of the source's model."""
+    with torch.device("meta"):
+        model = MegrezOmni(source.model, source.media)
+    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    found = {name: tuple(reader.shapes[name]) for name in reader.names() if not name.startswith(HEADS)}
+    for name in sorted(set(expected) | set(found)):
+        if expected.get(name) != found.get(name):
+            have, want = found.get(name, "none"), expected.get(name, "none")
+            raise ValueError(
+                f"{source.folder}: weight {name} has shape {have}, but the model of its config {want}. "
+                "Use a folder whose config and weights belong together."
+            )
+
+
+def _write(request: Request, reader, step: int | None, folder: Path, stream) -> str:
+    source, form = request.source, request.form
+    dtype = request.dtype.value
+    write_files(source, folder, dtype, with_code=form is Format.transformers)
+    digest = write_weights(
+        reader,
+        folder,
+        leave_out=HEADS,
+        dtype=getattr(torch, dtype),
+        shard_bytes=request.shard_bytes,
+        report=_reporter(stream),
+    )
+    (folder / "README.md").write_text(model_card(source, form.name, dtype, step, digest), encoding="utf-8")
+    return digest
+
+
+def _reporter(stream) -> Callable[[str, int, int], None]:
+    def report(file: str, written: int, total: int) -> None:
+        print(f"{file}: {written / 1e9:.3f} of {total / 1e9:.3f} GB written", file=stream, flush=True)
+
+    return report
+
+
+def _announce(request: Request, step: int | None, digest: str, index, as_json: bool) -> dict[str, Any]:
+    found = {
+        "out": str(request.out),
+        "from": str(request.source.folder),
+        "step": step,
+        "format": request.form.name,
+        "dtype": request.dtype.name,
+        "tensors": len(index["weight_map"]),
+        "bytes": index["metadata"]["total_size"],
+        "shards": len(set(index["weight_map"].values())),
+        "weights_digest": digest,
+    }
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(
+            f"{found['tensors']} tensors in {found['shards']} files, with config and tokenizer: {request.out}"
+        )
+    return found
