@@ -137,11 +137,11 @@ def copy_tokenizer(folder: str | None, into: Path) -> None:
             shutil.copyfile(source / name, into / name)
 
 
-def load_tokenizer(folder: str | None) -> TextTokenizer:
-    """Returns the tokenizer of a checkpoint folder (its tokenizer.json); None is the built-in one.
+def tokenizer_file(folder: str | None) -> Path:
+    """Returns the tokenizer.json of a checkpoint folder; None is the built-in one.
 
     Raises:
-        ValueError: the folder has no readable tokenizer.json.
+        ValueError: there is no such file.
     """
     path = BUILT_IN if folder is None else Path(folder) / "tokenizer.json"
     if not path.is_file():
@@ -149,6 +149,16 @@ def load_tokenizer(folder: str | None) -> TextTokenizer:
             f"data.tokenizer={folder}: there is no file {path}. "
             "Use a checkpoint folder that holds tokenizer.json, or null for the built-in one."
         )
+    return path
+
+
+def load_tokenizer(folder: str | None) -> TextTokenizer:
+    """Returns the tokenizer of a checkpoint folder (its tokenizer.json); None is the built-in one.
+
+    Raises:
+        ValueError: the folder has no readable tokenizer.json.
+    """
+    path = tokenizer_file(folder)
     try:
         return TextTokenizer(path.read_bytes())
     except Exception as error:  # tokenizers raises bare Exception on a malformed file

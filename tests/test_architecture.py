@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from train.hub_code import code_files
+
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("data", "train", "launch", "tests")
 FILES = sorted(path for name in ("data", "train", "launch") for path in (ROOT / name).rglob("*.py"))
@@ -22,9 +24,15 @@ ONLY_IN = {
 TORCH_FREE = {
     "train/chat.py",
     "train/evaluate.py",
+    "train/export.py",
+    "train/export_files.py",
+    "train/export_request.py",
+    "train/export_source.py",
     "train/compose.py",
     "train/first_weights.py",
     "train/folder.py",
+    "train/hub_code.py",
+    "train/model_card.py",
     "train/parent.py",
     "train/parts.py",
     "train/release.py",
@@ -33,6 +41,17 @@ TORCH_FREE = {
     "train/sinks.py",
     "train/tensor_files.py",
     "train/model/shapes.py",
+}
+# What the reader of an exported folder has installed; av is optional there.
+FOR_EXPORTS = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "PIL",
+    "av",
+    "flash_attn",
+    *sys.stdlib_module_names,
 }
 # What `launch` may know of a run: how it is composed and where it is kept, nothing that computes.
 FOR_LAUNCH = (
@@ -77,6 +96,8 @@ def test_imports_follow_the_arrows(path):
             assert imported.startswith(("data.sample", "data.geometry")) or imported == "data"
         if name.startswith("train/model/") and root == "train":
             assert imported.startswith("train.model")
+        if name.startswith("train/hub/") and root == "train":
+            assert imported.startswith(("train.model", "train.hub", "train.release"))
         assert root != "tests", f"{name} imports {imported}"
         assert root != "launch" or name.startswith("launch/"), f"{name} imports {imported}"
         if name.startswith("launch/") and root != "launch":
@@ -91,6 +112,17 @@ def test_imports_follow_the_arrows(path):
 def test_a_pipeline_leaves_torch_alone():
     code = "import sys, launch.pipeline; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_an_exported_folder_needs_little():
+    found = {}
+    for name, text in code_files().items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0]: name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found[(node.module or "").split(".")[0]] = name
+    assert set(found) <= FOR_EXPORTS, found
 
 
 def test_there_is_no_import_cycle():

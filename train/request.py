@@ -13,8 +13,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.tokenizer import FILES, tokenizer_file
 from train.compose import compose_parts, compose_words, reword, to_run_config
 from train.config import Objective, Precision, RunConfig, Zero
+from train.folder import RunFolder
+from train.parent import tokenizer_folder
 from train.release import CONFIG, read_json, sizes_of, template_of
 
 MODEL_WORDS = ("run", "weights")
@@ -78,6 +81,7 @@ def read_model(words: list[str], data: str | None = None) -> ModelRequest:
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(reword(error)) from error
     _check_objective(request)
+    _check_files(request)
     return request
 
 
@@ -90,6 +94,8 @@ def _read_run(folder: Path, changes: list[str], data: str | None) -> ModelReques
     trained = to_run_config(made_with)
     # One process needs nothing spread; several may, with zero=... among the words.
     made_with.merge_with({"run": str(folder), "zero": Zero.none})
+    if (folder / "final" / FILES[0]).is_file():  # a finished run keeps its own, wherever it moved
+        made_with.data.tokenizer = str(folder / "final")
     if data:
         _replace_data(made_with, data, changes)
     return ModelRequest(_changed(made_with, changes), None, trained)
@@ -158,3 +164,16 @@ def _check_objective(request: ModelRequest) -> None:
             f"{request.name}: its objective was {objective.value}, a stand-in task whose head is not kept. "
             "Name the run of a later stage."
         )
+
+
+def _check_files(request: ModelRequest) -> None:
+    """Raises ValueError where opening the model would: that takes seconds of imports first."""
+    tokenizer_file(tokenizer_folder(request.config))
+    folder = request.weights
+    if folder is not None:
+        if not any(folder.glob("model*.safetensors")):
+            raise ValueError(f"{request.name}: holds no model*.safetensors. Copy the whole folder.")
+        return
+    run = RunFolder(request.config)
+    if not run.is_complete and not any(run.checkpoints.glob("step-*/manifest.json")):
+        raise ValueError(f"{request.name}: has no weights yet. Wait for its first checkpoint.")

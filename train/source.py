@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from train.checkpoint import PieceReader, newest_checkpoint
+from train.config import RunConfig
+from train.first_weights import open_first_weights
 from train.folder import RunFolder
+from train.model.initial import RandomWeights
+from train.model.omni import meta_model
+from train.model.stand_in import MODEL_OF
 from train.request import ModelRequest
-from train.weights import WeightReader
+from train.stage import FrozenFromStart
+from train.weights import FirstWeightsReader, WeightReader
 
 
-def open_weights(model: ModelRequest) -> tuple[WeightReader | PieceReader, int]:
+def open_weights(model: ModelRequest) -> tuple[Any, int]:
     """Returns a reader of the model's weights, and the step of training that they are from.
 
-    Of a run they are those of the finished stage, else of the newest checkpoint; a released folder does
-    not say its step, which counts as 0.
+    A released folder does not say its step, which counts as 0.
 
     Raises:
         ValueError: there are none, or a file is missing or damaged.
     """
     if model.weights is not None:
         return WeightReader(model.weights), 0
-    folder = RunFolder(model.config)
+    return open_run(model.config)
+
+
+def open_run(config: RunConfig) -> tuple[Any, int]:
+    """Returns the weights of a finished stage, else of the newest checkpoint, and their step.
+
+    Raises:
+        ValueError: there are none, a file is missing or damaged, or what an unfinished stage started
+            from is gone.
+    """
+    folder = RunFolder(config)
     if folder.is_complete:
         return WeightReader(folder.final), json.loads(folder.stage_file.read_text())["steps"]
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
-        raise ValueError(f"{model.name}: has no weights yet. Wait for its first checkpoint.")
-    reader = PieceReader(newest)
-    return reader, reader.manifest["step"]
+        raise ValueError(f"run={folder.path}: has no weights yet. Wait for its first checkpoint.")
+    pieces = PieceReader(newest)
+    return FrozenFromStart(config, pieces, open_first(config)), pieces.manifest["step"]
+
+
+def open_first(config: RunConfig) -> FirstWeightsReader:
+    """Returns the weights that a stage begins with."""
+    model = meta_model(config.model, config.media, MODEL_OF[config.objective.value])
+    return FirstWeightsReader(open_first_weights(config), RandomWeights(model, config.seed))

@@ -50,6 +50,10 @@ class FrozenFromStart:
             for name in checkpoint.shapes
         }
 
+    def place(self, name: str) -> str:
+        """Returns the file of a frozen weight."""
+        return self._readers[name].place(name)
+
     def read(self, kind: str, name: str, start: int, stop: int):
         """Returns elements [start, stop) of a flattened weight."""
         return self._readers[name].read(kind, name, start, stop)

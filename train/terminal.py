@@ -109,7 +109,8 @@ class Session:
         elif name == "help":
             print(HELP, flush=True)
         elif name not in COMMANDS:
-            raise ValueError(f"/{name}: not a command.{nearest(name, [*COMMANDS])} See /help.")
+            known = [f"/{command}" for command in COMMANDS]
+            raise ValueError(f"/{name}: not a command.{nearest('/' + name, known)} See /help.")
         return name != "exit"
 
     def _attach(self, kind: MediaKind, path: Path) -> None:

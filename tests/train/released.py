@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import wave
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data.tokenizer import BUILT_IN, load_tokenizer
-from tests.train.tiny_model import MEDIA, tiny_config, tiny_model
-from train.model.omni import MegrezOmni
+from tests.records import jpeg, wav
+from tests.train.tiny_model import MEDIA, tiny_config
+from train.model.omni import MegrezOmni, build_model
 from train.release import release_config
 from train.weights import write_weights
 
@@ -34,8 +32,11 @@ class ModelReader:
 
 
 def write_release(folder: Path, seed: int = 0) -> MegrezOmni:
-    """Writes a folder as a release has it, in fp32, and returns its model."""
-    model = tiny_model(seed).eval()
+    """Writes a folder as a release has it, in fp32, and returns its model.
+
+    Its weights are those that training starts from: larger ones would amplify rounding beyond 1e-5.
+    """
+    model = build_model(tiny_config(), MEDIA, seed).eval()
     folder.mkdir(parents=True)
     write_weights(ModelReader(model), folder)
     special = load_tokenizer(None).special
@@ -50,30 +51,20 @@ def write_release(folder: Path, seed: int = 0) -> MegrezOmni:
     return model
 
 
-def write_picture(path: Path, width: int, height: int) -> str:
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    pixels = np.stack([x * 3 + y, y * 5 + width, x * y + height], axis=-1) % 256
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return str(path)
-
-
-def write_clip(path: Path, seconds: float, rate: int = 16000) -> str:
-    time = np.arange(int(seconds * rate)) / rate
-    tone = (8000 * np.sin(time * 2000 + 300 * np.sin(time * 3))).astype("<i2")
-    file = io.BytesIO()
-    with wave.open(file, "wb") as writer:
-        writer.setparams((1, 2, rate, len(tone), "NONE", ""))
-        writer.writeframes(tone.tobytes())
-    path.write_bytes(file.getvalue())
+def _write(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
     return str(path)
 
 
 def conversations(folder: Path) -> dict[str, list[dict]]:
     """Writes media into `folder` and returns conversations about them, in the release's message form."""
     folder.mkdir(parents=True, exist_ok=True)
-    small, large = write_picture(folder / "s.png", 40, 50), write_picture(folder / "l.jpg", 190, 210)
-    brief, long = write_clip(folder / "b.wav", 0.5), write_clip(folder / "l.wav", 65.0)
-    almost = write_clip(folder / "a.wav", 29.9, rate=8000)
+    rng = np.random.default_rng(0)
+    small = _write(folder / "small.jpg", jpeg(rng, 40, 50))
+    large = _write(folder / "large.jpg", jpeg(rng, 190, 210))
+    brief = _write(folder / "brief.wav", wav(rng, 0.5))
+    almost = _write(folder / "almost.wav", wav(rng, 29.9, rate=8000))
+    long = _write(folder / "long.wav", wav(rng, 65.0))
 
     def asks(**content):
         return [{"role": "user", "content": content}]

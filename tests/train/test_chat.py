@@ -152,7 +152,7 @@ def test_mistakes_in_a_pipe_are_said_and_do_not_end_it(files, piped):
         f"/image {files}/broken.jpg": "the picture is none of",
         f"/audio {files}/my cat.jpg": "the recording is damaged",
         "/audio": "/audio: names no file. Write /audio PATH.",
-        "/imge x.jpg": "/imge: not a command. Did you mean 'image'? See /help.",
+        "/imge x.jpg": "/imge: not a command. Did you mean '/image'? See /help.",
         "word " * 5000: "longer than the 4096 that the model has positions for.",
     }
     text = "\n".join([*lines, "Still there?"])

@@ -83,6 +83,23 @@ def test_request_of_a_released_folder_is_its_sizes_and_its_tokenizer(run, tmp_pa
         assert str(error.value).startswith(problem)
 
 
+def test_a_folder_without_all_of_its_files_is_refused_at_once(run, tmp_path):
+    folder = release(run.folder, tmp_path / "release")
+    missing = {
+        "tokenizer.json": f"data.tokenizer={folder}: there is no file {folder}/tokenizer.json.",
+        "*.safetensors": f"weights={folder}: holds no model*.safetensors. Copy the whole folder.",
+        "config.json": f"weights={folder}: holds no config.json. Name an exported or released folder.",
+    }
+    for pattern, problem in missing.items():
+        (path,) = folder.glob(pattern)
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(ValueError) as error:
+            read_model([f"weights={folder}"])
+        assert str(error.value).startswith(problem)
+        path.write_bytes(content)
+
+
 def test_weights_in_one_file_are_read_and_a_damaged_folder_is_refused(run, tmp_path):
     folder = release(run.folder, tmp_path / "release")
     whole = run.weights()

@@ -80,6 +80,13 @@ class MegrezOProcessor(ProcessorMixin):
             [self._encode(conversation, add_generation_prompt) for conversation in conversations]
         )
 
+    def save_pretrained(self, folder: str | os.PathLike, **_: Any) -> None:  # type: ignore[override]
+        """Writes tokenizer and processor_config.json beside a model that was saved there."""
+        self.tokenizer.save_pretrained(folder)
+        name = type(self).__name__
+        content = {"processor_class": name, "auto_map": {"AutoProcessor": f"processing_megrezo.{name}"}}
+        (Path(folder) / "processor_config.json").write_text(json.dumps(content))
+
     def decode(self, tokens, **options: Any) -> str:
         """Returns the text of a row of tokens."""
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False, **options)  # type: ignore[return-value]
@@ -107,6 +114,11 @@ class MegrezOProcessor(ProcessorMixin):
                 layout = self.encoder.lay_out(sample, sizes)
             return self.encoder.fill(layout, sample, "", sizes)
         except SampleError as error:
+            if error.cause == "oversize":
+                most = self.encoder.config.pack.length
+                raise ValueError(
+                    f"messages: longer than the {most} tokens of the model. Shorten it."
+                ) from error
             raise ValueError(f"messages: {error}.") from error
 
     def _pad(self, rows: list[EncodedSample]) -> BatchFeature:
