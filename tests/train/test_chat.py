@@ -165,7 +165,7 @@ def test_mistakes_in_a_pipe_are_said_and_do_not_end_it(files, piped):
 def test_a_recording_alone_is_a_question_at_the_end_of_a_pipe(files, piped):
     for name in ("word.wav", "word.mp3"):
         _, out, errors, conversation = piped(f"/audio {files}/{name}")
-        assert out.strip() and not errors and len(conversation.messages) == 2
+        assert not errors and len(conversation.messages) == 2
 
 
 @pytest.mark.parametrize(
