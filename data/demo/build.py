@@ -34,7 +34,7 @@ from data.sample import Sample
 from data.scan import Mapper, build_index
 from data.shards import fill_folder, whole_folder
 
-VERSION = 1
+VERSION = 2
 """Counts up when the same options give other data."""
 
 SAMPLES_PER_SHARD = 1000
@@ -60,7 +60,7 @@ class Source(NamedTuple):
 
 
 SOURCES = {
-    "text": Source(texts.make_text, "text", 16_000, 200),
+    "text": Source(texts.make_text, "text", 64_000, 200),
     "patches": Source(pictures.make_patches, "patch_labels", 6_000, 200),
     "scene": Source(pictures.make_caption, "caption", 6_000, 200),
     "vqa": Source(pictures.make_vqa, "vqa", 6_000, 200),

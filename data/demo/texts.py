@@ -7,7 +7,7 @@ those of the real thing, so that a model of these texts has only seeing and hear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -37,6 +37,13 @@ NUMBERS = (*patches.DIGITS, "ten")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 ROUNDS = (NUMBERS, DAYS, tuple("0123456789"), tuple("一二三四五六七八九十"))
 """Lists that documents recite from any place on."""
+COPIED = (
+    sentences.DIGITS,
+    tuple(sentences.DIGITS_ZH),
+    tuple("0123456789"),
+    (*signs.WORDS, *"0123456789"),
+)
+"""Lists of which `make_copy` puts items together."""
 
 Exchange = tuple[str, str]
 """What the user says, media in writing, and the answer."""
@@ -47,10 +54,10 @@ def make_text(rng: np.random.Generator, held_out: bool) -> Sample:
 
     Instructions alone are in both splits: each has one answer, which has to be learnt.
     """
-    kinds = list(TASKS) if held_out else [*TASKS, make_chat]
     if not held_out and rng.random() < 0.05:
         return Sample("", [Message("document", [Part("text", recite(rng))])])
-    shares = np.array([TASKS.get(kind, 0.05) for kind in kinds])
+    drawn = TASKS if held_out else TASKS | LESSONS
+    kinds, shares = list(drawn), np.array(list(drawn.values()))
     asked, answer = kinds[rng.choice(len(kinds), p=shares / shares.sum())](rng, held_out)
     return Sample("", [Message("user", [Part("text", asked)]), Message("assistant", [Part("text", answer)])])
 
@@ -63,9 +70,9 @@ def make_chat(rng: np.random.Generator, held_out: bool) -> Exchange:
 def recite(rng: np.random.Generator) -> str:
     """Returns three to eight items of a list in their order, such as `two three four`.
 
-    What speech and signs say in evaluation only, with spaces or without, is not among them.
+    What speech and signs say in evaluation only is not among them.
     """
-    while any(map(sentences.is_held_out, (text := _recital(rng), text.replace(" ", "")))):
+    while _is_held_out(text := _recital(rng)):
         pass
     return text
 
@@ -74,6 +81,36 @@ def _recital(rng: np.random.Generator) -> str:
     items = ROUNDS[rng.integers(len(ROUNDS))]
     first = rng.integers(len(items) - 2)
     return " ".join(items[first : first + rng.integers(3, 9)])
+
+
+def make_copy(rng: np.random.Generator, held_out: bool) -> Exchange:
+    """Returns items of a list in any order, often repeated, which are to be read or written down.
+
+    The strings of signs and speech are too few to learn copying from: they would be learnt by heart. What
+    those say in evaluation only is not among them.
+    """
+    items = COPIED[rng.integers(len(COPIED))]
+    while _is_held_out(text := _join(rng.choice(items, rng.integers(2, 8)))):
+        pass
+    seen = _characters(text, rng)
+    if rng.random() < 0.5:
+        return f"{seen}\n{pictures.READ}", text
+    prompts = sentences.ASR_PROMPTS["en" if text.isascii() else "zh"]
+    return f"{HEARD}{seen}\n{prompts[rng.integers(len(prompts))]}", text
+
+
+def _join(items: Iterable[str]) -> str:
+    """Returns the items with spaces between them, but for digits and Chinese characters in a row."""
+    text = ""
+    for item in items:
+        together = text and _is_character(text[-1]) and _is_character(item)
+        text += item if together else f" {item}"
+    return text.strip()
+
+
+def _is_held_out(text: str) -> bool:
+    """Returns whether signs or speech say this text in evaluation only, with whatever spaces."""
+    return any(map(sentences.is_held_out, {text, text.replace(" ", ""), _join(text.split())}))
 
 
 def make_caption(rng: np.random.Generator, held_out: bool) -> Exchange:
@@ -156,7 +193,9 @@ TASKS: dict[Callable[[np.random.Generator, bool], Exchange], float] = {
     make_transcription: 0.14,
     make_instruction: 0.07,
 }
-"""Exchanges that stand for those with media, with their shares; the rest are chats and documents."""
+"""Exchanges that stand for those with media, with their shares."""
+LESSONS: dict[Callable[[np.random.Generator, bool], Exchange], float] = {make_chat: 0.05, make_copy: 0.2}
+"""Exchanges of training texts only, beside `TASKS`, with their shares; the rest are documents."""
 
 
 def _seen(description: str, prompt: str, rng: np.random.Generator) -> str:

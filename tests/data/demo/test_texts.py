@@ -6,7 +6,18 @@ from data.demo import pictures, scenes, sentences, spoken
 from data.demo.charts import describe as describe_chart
 from data.demo.charts import make_chart
 from data.demo.patches import LABELS
-from data.demo.texts import BLANK, CHATS, HEARD, blank, every_text, make_instruction, make_text, recite
+from data.demo.signs import make_sign
+from data.demo.texts import (
+    BLANK,
+    CHATS,
+    HEARD,
+    blank,
+    every_text,
+    make_copy,
+    make_instruction,
+    make_text,
+    recite,
+)
 from data.demo.words import MOST_IDS, find_words, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -88,6 +99,25 @@ def test_documents_recite_a_list_in_order():
     said = {recite(np.random.default_rng(number)) for number in range(300)}
     assert any(text.startswith("monday tuesday wednesday") for text in said)
     assert all(len(text.split()) >= 3 for text in said)
+
+
+def test_what_is_copied_is_what_is_shown_and_often_repeats():
+    repeated = 0
+    for number in range(300):
+        asked, answer = make_copy(np.random.default_rng(number), False)
+        shown = without_blanks(asked.removeprefix(HEARD)).split("\n")[0]
+        assert shown.replace(" ", "") == answer.replace(" ", "")
+        words = answer.split() if " " in answer else list(answer)
+        repeated += len(set(words)) < len(words)
+    assert repeated > 100
+
+
+def test_nothing_held_out_is_copied():
+    held_out = {text.replace(" ", "") for text in spoken_sentences() if sentences.is_held_out(text)}
+    signs = (make_sign(np.random.default_rng(number), True) for number in range(3000))
+    held_out |= {sign.text.replace(" ", "") for sign in signs}
+    copied = {make_copy(np.random.default_rng(number), False)[1] for number in range(6000)}
+    assert not {text.replace(" ", "") for text in copied} & held_out
 
 
 def test_no_text_says_a_sentence_that_is_spoken_in_evaluation_only():
