@@ -159,7 +159,7 @@ def test_mistakes_in_a_pipe_are_said_and_do_not_end_it(files, piped):
     status, out, errors, conversation = piped(text)
     for line, problem in zip(errors.splitlines(), lines.values(), strict=True):
         assert problem in line
-    assert status == 2 and len(conversation.messages) == 2 and out.strip()
+    assert status == 2 and len(conversation.messages) == 2
 
 
 def test_a_recording_alone_is_a_question_at_the_end_of_a_pipe(files, piped):
