@@ -156,7 +156,7 @@ def test_mistakes_in_a_pipe_are_said_and_do_not_end_it(files, piped):
         "word " * 5000: "longer than the 4096 that the model has positions for.",
     }
     text = "\n".join([*lines, "Still there?"])
-    status, out, errors, conversation = piped(text)
+    status, _out, errors, conversation = piped(text)
     for line, problem in zip(errors.splitlines(), lines.values(), strict=True):
         assert problem in line
     assert status == 2 and len(conversation.messages) == 2
@@ -164,7 +164,7 @@ def test_mistakes_in_a_pipe_are_said_and_do_not_end_it(files, piped):
 
 def test_a_recording_alone_is_a_question_at_the_end_of_a_pipe(files, piped):
     for name in ("word.wav", "word.mp3"):
-        _, out, errors, conversation = piped(f"/audio {files}/{name}")
+        _, _out, errors, conversation = piped(f"/audio {files}/{name}")
         assert not errors and len(conversation.messages) == 2
 
 
