@@ -4,15 +4,17 @@ import hydra
 from omegaconf import DictConfig
 
 from train.compose import readable_errors, register, to_run_config
+from train.first_weights import open_first_weights
 
 register()
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="run")
 def main(composed: DictConfig) -> None:
-    """Checks the recipe, and only then imports torch and runs it."""
+    """Checks the recipe and the weights it starts from, and only then imports torch and runs it."""
     with readable_errors():
         config = to_run_config(composed)
+        open_first_weights(config)
         from train.run import run
 
         run(config)

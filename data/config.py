@@ -72,11 +72,21 @@ class PackConfig:
         return found
 
 
+RELEASED_SYSTEM = "你是Megrez-3B-Instruct，将针对用户的问题给出详细的、积极的回答。"
+"""System turn of the released model where a conversation has none."""
+
+
 @dataclass(kw_only=True, slots=True)
 class TemplateConfig:
-    """Chat template options. `slice_start` and `slice_end` are token strings around a tile block."""
+    """Chat template options. `slice_start` and `slice_end` are token strings around a tile block.
 
-    system: str = "你是Megrez-3B-Instruct，将针对用户的问题给出详细的、积极的回答。"
+    `system` is the turn put before a conversation that has none ("": nothing is); null takes that of the
+    tokenizer folder's own template, else the released one. `check` reads that template and compares it
+    with ours.
+    """
+
+    system: str | None = None
+    check: bool = True
     audio_text: AudioText = AudioText.append
     slice_start: str = ""
     slice_end: str = ""

@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data.chat_template import adopt_template
 from data.config import DataConfig
 from data.encode import Encoder, Layout
 from data.geometry import MediaConfig
@@ -26,7 +27,7 @@ from data.index import FolderIndex, load_folder
 from data.sample import IGNORE, MediaSize, Sample, SampleError
 from data.shards import ShardReader
 from data.template import MediaSpan
-from data.tokenizer import load_tokenizer
+from data.tokenizer import choose_folder, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTED_KEYS = 5
@@ -50,6 +51,8 @@ def load_configs(overrides: list[str]) -> tuple[DataConfig, MediaConfig]:
     data = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), composed.data))
     media = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(MediaConfig), composed.media))
     assert isinstance(data, DataConfig) and isinstance(media, MediaConfig)
+    begins = composed.model
+    data.tokenizer = choose_folder(data.tokenizer, composed.init_from, begins.weights, begins.parts.llm)
     return data, media
 
 
@@ -178,7 +181,7 @@ def main(words: list[str] | None = None) -> None:
         if not keys:
             list_keys(folders, arguments.json)
             return
-        encoder = Encoder(data, media, load_tokenizer(data.tokenizer))
+        encoder = build_encoder(data, media)
         for key in keys:
             shown = show(*find_sample(folders, key), encoder)
             if arguments.json:
@@ -189,6 +192,14 @@ def main(words: list[str] | None = None) -> None:
         parser.exit(1, f"{', '.join(keys)}: {error} (cause: {error.cause})\n")
     except ValueError as error:
         parser.exit(2, f"{error}\n")
+
+
+def build_encoder(data: DataConfig, media: MediaConfig) -> Encoder:
+    """Returns the encoder that `train.py` would use."""
+    tokenizer = load_tokenizer(data.tokenizer)
+    folder = Path(data.tokenizer) if data.tokenizer else None
+    data.template = adopt_template(data.template, folder, tokenizer)
+    return Encoder(data, media, tokenizer)
 
 
 def list_keys(folders: dict[str, FolderIndex], as_json: bool) -> None:

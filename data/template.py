@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from data.config import AudioText, TemplateConfig
+from data.config import RELEASED_SYSTEM, AudioText, TemplateConfig
 from data.sample import IGNORE, Message, Part, SampleError
 from data.tokenizer import TextTokenizer
 
@@ -88,8 +88,9 @@ def render(
     stands outside the chat: its parts in their order, then `<|eos|>`, with loss on all but media.
     """
     writer = _Writer(tokenizer, config)
-    if config.system and messages and messages[0].role not in ("system", "document"):
-        messages = [Message("system", [Part("text", text=config.system)]), *messages]
+    system = RELEASED_SYSTEM if config.system is None else config.system
+    if system and messages and messages[0].role not in ("system", "document"):
+        messages = [Message("system", [Part("text", text=system)]), *messages]
     for message in messages:
         if message.role == "document":
             _write_document(writer, message, spans)

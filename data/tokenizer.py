@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 BUILT_IN = Path(__file__).parent / "assets" / "tokenizer.json"
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+"""What a folder may hold of a tokenizer. The first is all that is needed."""
 
 SPECIAL_TOKENS = (
     "<|eos|>",
@@ -80,6 +84,57 @@ class TextTokenizer:
                 "or null for the built-in one."
             )
         return token
+
+
+class TextStream:
+    """Turns ids into text as they come, and never gives out a part of a character."""
+
+    def __init__(self, tokenizer: TextTokenizer):
+        self._tokenizer = tokenizer
+        self._said: list[int] = []
+        self._waiting: list[int] = []
+
+    def add(self, token: int) -> str:
+        """Returns the text that this id completes; nothing while a character lacks bytes."""
+        self._waiting.append(token)
+        text = self._text()
+        # Bytes that are no whole character yet are decoded as a replacement character at the end.
+        return "" if text.endswith("\ufffd") else self._give_out(text)
+
+    def end(self) -> str:
+        """Returns what is left, with a replacement character for bytes that make none."""
+        return self._give_out(self._text())
+
+    def _text(self) -> str:
+        # Decoded behind what came before: some tokenizers treat the first token of a text otherwise.
+        before = self._tokenizer.decode(self._said)
+        return self._tokenizer.decode(self._said + self._waiting)[len(before) :]
+
+    def _give_out(self, text: str) -> str:
+        if self._waiting:
+            self._said, self._waiting = self._waiting, []
+        return text
+
+
+def choose_folder(named: str | None, run: str | None, weights: str | None, llm: str | None) -> str | None:
+    """Returns the tokenizer's folder: the one named, else what comes with the weights a stage starts from.
+
+    Those are an earlier run, a release folder or a language model; None is the built-in tokenizer.
+    """
+    if named is not None:
+        return named
+    final = Path(run or "") / "final"
+    if run and (final / FILES[0]).is_file():
+        return str(final)
+    return weights or llm
+
+
+def copy_tokenizer(folder: str | None, into: Path) -> None:
+    """Copies the files of a tokenizer, with its chat template if it has one, into another folder."""
+    source = BUILT_IN.parent if folder is None else Path(folder)
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, into / name)
 
 
 def load_tokenizer(folder: str | None) -> TextTokenizer:

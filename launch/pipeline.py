@@ -24,6 +24,7 @@ from launch.stages import Stage, compose_stages, read_pipeline
 from launch.standing import check_stages, parent_weights_digest
 from launch.summary import markdown, summarize, table
 from train.compose import readable_errors
+from train.first_weights import is_random
 from train.sinks import format_seconds
 
 EXIT_STOPPED = 75
@@ -45,6 +46,7 @@ words
   STAGE:key=value    for one stage: omni_sft:train.steps=1000
   runs=DIR           folder of the stages' runs (runs/PIPELINE)
   init_from=RUN      what the first stage starts from; without it random weights, where its recipe allows that
+  model.weights=DIR, model.parts.PART=DIR     released weights that the first stage starts from
   accelerate=NAME    a file of configs/accelerate, or a path (one: a single process)
   processes=N        processes of this machine, in place of the number in that file
 
@@ -121,7 +123,7 @@ class Pipeline:
         goes_on = any(stage.folder.checkpoints.glob("step-*/manifest.json"))
         origin = Origin(self.digests[stage.name], parent_weights_digest(stage))
         self.history.start(stage.name, origin, goes_on=goes_on, afresh=not stage.folder.path.exists())
-        begins = "starts" if stage.config.init_from else "starts from RANDOM WEIGHTS"
+        begins = "starts from RANDOM WEIGHTS" if is_random(stage.config) else "starts"
         begins = "goes on" if goes_on else begins
         self.progress.say(f"{self.progress.head(stage)}: {begins}. Log: {stage.log}")
 

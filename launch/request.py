@@ -28,6 +28,9 @@ OWN = {
 }
 """Keys that are for the pipeline itself, and what to say to those who set them for a stage."""
 
+FIRST_ONLY = ("model.weights", "model.parts.", "model.fresh", "model.ignore")
+"""Beginnings of keys about released weights: only the first stage starts from them."""
+
 ONE_PROCESS = "one"
 """The file of configs/accelerate/ that starts a single process, which needs no launcher."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.mistakes import gather
-from launch.request import OWN, TAKEN, Request, read_yaml, refuse_key
+from launch.request import FIRST_ONLY, OWN, TAKEN, Request, read_yaml, refuse_key
 from train.compose import compose_words, nearest
 from train.config import RunConfig
 from train.folder import RunFolder
@@ -124,7 +124,10 @@ def compose_stages(request: Request) -> list[Stage]:
 
 
 def _compose(request: Request, entry: Entry, parent: str | None) -> Stage:
-    words = [f"recipe={entry.recipe}", *entry.overrides, *request.words]
+    shared = request.words
+    if parent is not None:
+        shared = [word for word in shared if not word.lstrip("+").startswith(FIRST_ONLY)]
+    words = [f"recipe={entry.recipe}", *entry.overrides, *shared]
     words += [*request.stage_words.get(entry.name, []), f"run={_quoted(str(request.runs / entry.name))}"]
     if parent is not None:
         words.append(f"init_from={_quoted(parent)}")

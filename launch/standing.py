@@ -13,7 +13,8 @@ from launch.history import History, Origin
 from launch.mistakes import gather
 from launch.stages import Stage
 from train.compose import refuse_metrics, refuse_world, to_plain
-from train.parent import read_parent, refuse_model, refuse_random, refuse_stage, tokenizer_digest
+from train.first_weights import is_random, open_first_weights
+from train.parent import refuse_model, refuse_random, refuse_stage, tokenizer_digest
 
 
 @dataclass(slots=True)
@@ -85,10 +86,10 @@ def _refusals_of_origin(stage: Stage, digests: dict[str, str], history: History)
 def _refusals_of_parent(stage: Stage, before: Stage | None) -> list[str]:
     """Returns why the stage cannot start from the one before it, or from what the first one starts from."""
     found = _refusals_of_fit(stage, before) if before else []
-    if before is None and stage.config.init_from is None:
+    if before is None and is_random(stage.config):
         return refuse_random(stage.config)
     if before is None or before.folder.is_complete:
-        found += _caught(lambda: read_parent(stage.config))
+        found += _caught(lambda: open_first_weights(stage.config))
     return found
 
 
@@ -150,8 +151,8 @@ def _refusals_of_data(stage: Stage, now: dict[str, str], origin: Origin | None) 
 
 def _refusals_of_weights(stage: Stage, origin: Origin | None) -> list[str]:
     """Returns why what a stage has become cannot be joined to the weights it starts from."""
-    run = stage.config.init_from
-    if origin is None or run is None:
+    run = stage.config.init_from or "model.weights or model.parts"
+    if origin is None or is_random(stage.config):
         return []
     now = parent_weights_digest(stage)
     if now is None:
@@ -171,7 +172,7 @@ def _refusals_of_weights(stage: Stage, origin: Origin | None) -> list[str]:
 def parent_weights_digest(stage: Stage) -> str | None:
     """Returns the digest of the weights that a stage starts from; None where there are none yet."""
     if stage.config.init_from is None:
-        return None
+        return open_first_weights(stage.config).digest
     file = Path(stage.config.init_from) / "final" / "stage.json"
     return json.loads(file.read_text())["weights_digest"] if file.is_file() else None
 

@@ -22,18 +22,25 @@ ONLY_IN = {
 }
 # Torch-free by law, so that a bad recipe is refused before seconds of imports.
 TORCH_FREE = {
+    "train/chat.py",
     "train/evaluate.py",
     "train/export.py",
     "train/export_files.py",
     "train/export_request.py",
     "train/export_source.py",
     "train/compose.py",
+    "train/first_weights.py",
     "train/folder.py",
     "train/hub_code.py",
     "train/model_card.py",
     "train/parent.py",
+    "train/parts.py",
     "train/release.py",
+    "train/request.py",
+    "train/sampling.py",
     "train/sinks.py",
+    "train/tensor_files.py",
+    "train/model/shapes.py",
 }
 # What the reader of an exported folder has installed; av is optional there.
 FOR_EXPORTS = {
@@ -54,6 +61,7 @@ FOR_LAUNCH = (
     "train.compose",
     "train.folder",
     "train.parent",
+    "train.first_weights",
     "train.sinks",
 )
 

@@ -47,6 +47,7 @@ MODULE_COMMANDS = (
     "data.demo",
     "launch.curves",
     "launch.pipeline",
+    "train.chat",
     "train.evaluate",
     "train.export",
 )

@@ -20,11 +20,8 @@ from data.prompt import Prompt, PromptReader
 from data.sample import Batch, Dropped, SampleRef
 from train.config import EvalConfig, Precision
 from train.engine import Engine
-from train.generate import generate
+from train.generate import STOPS, generate
 from train.measures import Score, corpus_scores, score
-
-STOPS = ("<|turn_end|>", "<|eos|>")
-"""Special tokens that end an answer."""
 
 MOST_ROWS = 16
 """Prompts that are answered together have at most the tokens of this many rows of training."""

@@ -181,6 +181,10 @@ class PieceReader:
         """Returns every parameter's name."""
         return sorted(self.shapes)
 
+    def place(self, name: str) -> str:
+        """Returns nothing: a range may lie in the files of several ranks, which all stay open."""
+        return ""
+
     def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Returns elements [start, stop) of a flattened tensor, whichever ranks wrote them.
 
@@ -231,17 +235,14 @@ def restore_checkpoint(engine: Engine, reader: PieceReader) -> None:
 
 
 @torch.no_grad()
-def copy_weights(engine: Engine, reader, fresh: tuple[str, ...] = ()) -> None:
-    """Copies weights from anything with `shapes` and `read(kind, name, start, stop)` into an engine.
-
-    Those whose names begin with one of `fresh` stay as they are.
+def copy_weights(engine: Engine, reader) -> None:
+    """Copies weights from a reader, file by file, into an engine whose weights have no values yet.
 
     Raises:
         ValueError: names or shapes differ.
     """
-    for fragment in _all_fragments(engine):
-        if fragment.name.startswith(fresh):
-            continue
+    fragments = list(_all_fragments(engine))
+    for fragment in fragments:
         if fragment.name not in reader.shapes:
             raise ValueError(f"{reader.folder}: has no weight {fragment.name}. Use a run of the same model.")
         if tuple(reader.shapes[fragment.name]) != fragment.shape:
@@ -249,6 +250,7 @@ def copy_weights(engine: Engine, reader, fresh: tuple[str, ...] = ()) -> None:
                 f"{reader.folder}: {fragment.name} has shape {list(reader.shapes[fragment.name])}, the model "
                 f"has {list(fragment.shape)}. Use a run of the same model."
             )
+    for fragment in sorted(fragments, key=lambda fragment: reader.place(fragment.name)):
         piece = reader.read("weight", fragment.name, fragment.start, fragment.stop)
-        fragment.tensors["weight"].copy_(piece)
+        fragment.tensors["weight"].copy_(piece.reshape(fragment.tensors["weight"].shape))
     engine.publish_weights()

@@ -39,12 +39,17 @@ def compose_words(words: list[str]) -> RunConfig:
     Raises:
         ValueError: with every mistake on a line of its own.
     """
-    register()
     try:
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            return to_run_config(compose("run", words))
+        return to_run_config(compose_parts(words))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(reword(error)) from error
+
+
+def compose_parts(words: list[str]) -> DictConfig:
+    """Returns the composed config behind `compose_words`, its values not checked yet."""
+    register()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("run", words)
 
 
 def to_run_config(composed: DictConfig) -> RunConfig:

@@ -349,6 +349,10 @@ class RunConfig:
                 f"objective={self.objective.value}: trains the {tower} alone. "
                 f"Set tune_{tower}=true and the other four to false."
             )
+        for name, folder in {"weights": self.model.weights, **self.model.parts.named}.items():
+            if self.init_from and folder:
+                path = "model.weights" if name == "weights" else f"model.parts.{name}"
+                found.append(f"{path}={folder}: init_from={self.init_from} is set too. Set one of them.")
         if self.init_from and not self.parents:
             found.append(
                 f"init_from={self.init_from}: recipe {self.stage} accepts no parent. "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
+from data.chat_template import adopt_template
 from data.counts import Tables, build_tables
 from data.encode import Encoder
 from data.loader import Loader
@@ -12,6 +15,7 @@ from data.tokenizer import load_tokenizer
 from train.config import Objective, RunConfig
 from train.engine import Engine
 from train.flops import sample_cost, trains_anything
+from train.parent import tokenizer_folder
 
 Split = Literal["train", "held_out"]
 
@@ -24,13 +28,15 @@ def build_encoder(config: RunConfig) -> Encoder:
     Raises:
         ValueError: the tokenizer has more words than the model.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    folder = tokenizer_folder(config)
+    tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.model.llm.vocab:
         raise ValueError(
             f"model.llm.vocab={config.model.llm.vocab}: the tokenizer has {tokenizer.vocab_size} words. "
             f"Use at least that."
         )
-    return Encoder(config.data, config.media, tokenizer)
+    template = adopt_template(config.data.template, Path(folder) if folder else None, tokenizer)
+    return Encoder(replace(config.data, template=template), config.media, tokenizer)
 
 
 def load_tables(

@@ -172,7 +172,7 @@ class DDPEngine(Engine):
 
     def __init__(self, config: RunConfig, accelerator, model: nn.Module) -> None:
         super().__init__(config, accelerator)
-        self.model = model.to(self.device)
+        self.model = model.to_empty(device=self.device)
         self.optimizer = build_optimizer(model, config, fused=self.device.type == "cuda")
         self.wrapped = accelerator.prepare_model(self.model) if self.world_size > 1 else self.model
 
@@ -229,8 +229,14 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: RunConfig, accelerator, model: nn.Module) -> None:
         super().__init__(config, accelerator)
         self.model = model
-        self._names = NamedShapes(model)
         self._stage3 = config.zero.stage == 3
+        # In the dtype that DeepSpeed would cast to, so that nothing is ever held twice.
+        model.to(torch.bfloat16 if config.precision is Precision.bf16 else torch.float32)
+        if self._stage3:
+            _partition(model, accelerator.state.deepspeed_plugin.deepspeed_config, self.device)
+        else:
+            model.to_empty(device=self.device)
+        self._names = NamedShapes(model)
         optimizer = build_optimizer(model, config, fused=self.device.type == "cuda")
         prepared = accelerator.prepare(model, optimizer)
         self.ds = prepared[0]
@@ -355,8 +361,24 @@ def start_engine(config: RunConfig):
     )
 
 
+def _partition(model: nn.Module, settings: dict, device: torch.device) -> None:
+    """Gives every parameter of a meta model its ZeRO-3 partition, with one whole parameter at a time."""
+    import deepspeed
+
+    init = deepspeed.zero.Init(config_dict_or_path=settings)
+    for module in model.modules():
+        for name, meta in list(module.named_parameters(recurse=False)):
+            whole = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=meta.requires_grad)
+            init._convert_to_deepspeed_param(whole)
+            whole.partition()  # type: ignore[attr-defined]
+            setattr(module, name, whole)
+
+
 def build_engine(config: RunConfig, accelerator, model: nn.Module) -> DDPEngine | DeepSpeedEngine:
-    """Returns the engine of the kind `config.zero` asks for around `model`."""
+    """Returns the engine of the kind `config.zero` asks for around a model on the meta device.
+
+    Its weights have no values yet: `train.checkpoint.copy_weights` or `restore_checkpoint` fills them.
+    """
     return (DeepSpeedEngine if config.zero.stage else DDPEngine)(config, accelerator, model)
 
 

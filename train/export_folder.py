@@ -13,17 +13,20 @@ from typing import Any
 import torch
 
 from train.checkpoint import PieceReader
-from train.config import RunConfig
-from train.evaluation import open_weights
 from train.export_files import write_files
 from train.export_request import Format, Request
 from train.export_source import Source
-from train.folder import RunFolder
-from train.model.omni import MegrezOmni
-from train.model.stand_in import HEADS
+from train.first_weights import open_first_weights
+from train.model.initial import RandomWeights
+from train.model.omni import meta_model
+from train.model.shapes import release_shapes
+from train.model.stand_in import HEADS, MODEL_OF
 from train.model_card import model_card
-from train.stage import FrozenFromParent
-from train.weights import INDEX, WeightReader, sync, write_weights
+from train.request import ModelRequest
+from train.source import open_weights
+from train.stage import FrozenFromStart
+from train.tensor_files import INDEX
+from train.weights import FirstWeightsReader, WeightReader, sync, write_weights
 
 
 def export(request: Request, *, as_json: bool = False) -> dict[str, Any]:
@@ -54,29 +57,18 @@ def _open(source: Source):
     """Returns a reader of whole weights and the run's step, which a released folder has none of."""
     if source.config is None:
         return WeightReader(source.folder), None
-    reader, step = open_weights(RunFolder(source.config))
-    if isinstance(reader, PieceReader) and (parent := _parent(source.config, reader.state)):
-        return FrozenFromParent(source.config, reader, parent), step
+    reader, step = open_weights(ModelRequest(source.config, None, None))
+    if isinstance(reader, PieceReader):
+        first = open_first_weights(source.config)  # they hold frozen modules unrounded
+        model = meta_model(source.model, source.media, MODEL_OF[source.config.objective.value])
+        drawn = RandomWeights(model, source.config.seed)
+        return FrozenFromStart(source.config, reader, FirstWeightsReader(first, drawn)), step
     return reader, step
-
-
-def _parent(config: RunConfig, state: dict[str, Any]) -> WeightReader | None:
-    """Returns the weights that a run started from, which hold its frozen modules unrounded.
-
-    None where there are none, or others by now.
-    """
-    stage_file = Path(config.init_from or "") / "final" / "stage.json"
-    if config.init_from is None or not stage_file.is_file():
-        return None
-    digest = json.loads(stage_file.read_text())["weights_digest"]
-    return WeightReader(stage_file.parent) if digest == state.get("parent_weights_digest") else None
 
 
 def check_weights(reader, source: Source) -> None:
     """Raises ValueError where names or shapes are not those of the source's model."""
-    with torch.device("meta"):
-        model = MegrezOmni(source.model, source.media)
-    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    expected = release_shapes(source.model, source.media)
     found = {name: tuple(reader.shapes[name]) for name in reader.names() if not name.startswith(HEADS)}
     for name in sorted(set(expected) | set(found)):
         if expected.get(name) != found.get(name):

@@ -34,10 +34,12 @@ class Fragment:
 
 
 class NamedShapes:
-    """Names and whole shapes of a model's parameters, taken before anything partitions them."""
+    """Names and whole shapes of a model's parameters, partitioned (ZeRO-3) or not."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._facts = {id(p): (name, tuple(p.shape)) for name, p in model.named_parameters()}
+        self._facts = {
+            id(p): (name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters()
+        }
 
     def __getitem__(self, parameter: torch.Tensor) -> tuple[str, tuple[int, ...]]:
         return self._facts[id(parameter)]

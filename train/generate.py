@@ -6,18 +6,28 @@ that are padded on the left, so that every row's newest token stands last, with 
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaModel
 
 from data.sample import Batch
 from train.model.omni import MegrezOmni
+from train.sampling import sampling_problems
+
+STOPS = ("<|turn_end|>", "<|eos|>")
+"""Special tokens that end an answer."""
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+"""What this version of transformers calls the argument."""
 
 AnyRank = Callable[[bool], bool]
 """Returns whether the flag is true on any rank."""
+
+OnToken = Callable[[int, int], None]
+"""Is told row and id of every token of an answer as soon as it is chosen."""
 
 
 @torch.no_grad()
@@ -32,6 +42,7 @@ def generate(
     seed: int = 0,
     use_cache: bool = True,
     any_rank: AnyRank = bool,
+    on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Returns the token ids that follow each prompt, without the stop token.
 
@@ -49,7 +60,8 @@ def generate(
     Raises:
         ValueError: `temperature` or `top_p` means nothing.
     """
-    _check_sampling(temperature, top_p)
+    if problems := sampling_problems(temperature, top_p):
+        raise ValueError("\n".join(problems))
     assert len(batch.input_ids) == 1, "prompts are laid end to end in one row"
     sizes = [info.tokens for info in batch.samples] or [batch.input_ids.shape[1]]
     decoder = _Decoder(model, batch, sizes, use_cache)
@@ -64,6 +76,8 @@ def generate(
                 ended.add(row)
             elif row not in ended:
                 answers[row].append(token)
+                if on_token:
+                    on_token(row, token)
         going = [place for place, row in enumerate(rows) if row not in ended]
         if step + 1 == max_new_tokens or not any_rank(bool(going)):
             break
@@ -72,13 +86,6 @@ def generate(
             decoder.keep(going)
             rows = [rows[place] for place in going]
     return answers
-
-
-def _check_sampling(temperature: float, top_p: float) -> None:
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature}: must be at least 0. Use 0 for the likeliest token.")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1. Use 1 to draw from all tokens.")
 
 
 class _Decoder:
@@ -103,8 +110,8 @@ class _Decoder:
             inputs_embeds=self.inputs,
             attention_mask=self.mask,
             position_ids=self.positions,
-            past_key_values=self.cache,
             use_cache=self.cache is not None,
+            **{CACHE: self.cache},
         )
         return self.llm.lm_head(output.last_hidden_state[:, -1])
 

@@ -20,7 +20,8 @@ NO_DECAY = (
 
 def has_decay(name: str, parameter: torch.Tensor) -> bool:
     """Returns whether weight decay applies: not to norms, biases, embeddings and learned queries."""
-    return parameter.ndim >= 2 and name not in NO_DECAY
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # the whole one, where ZeRO-3 has cut it
+    return len(shape) >= 2 and name not in NO_DECAY
 
 
 def build_groups(model: nn.Module, config: RunConfig) -> list[dict]:

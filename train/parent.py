@@ -10,13 +10,20 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data.tokenizer import load_tokenizer
+from data.tokenizer import choose_folder, load_tokenizer
 from train.compose import to_plain
 from train.config import RunConfig
 from train.folder import differences
 
-FITS_ANYWAY = ("model.recompute", "model.stage_lr")
-"""What a parent's model may have otherwise: how it is computed and trained, not what it is."""
+FITS_ANYWAY = (
+    "model.recompute",
+    "model.stage_lr",
+    "model.weights",
+    "model.parts",
+    "model.fresh",
+    "model.ignore",
+)
+"""What a parent's model may have otherwise: how it began, is computed and trained, not what it is."""
 
 RANDOM = "random"
 """Among `parents`: a pipeline may begin with this stage, from random weights."""
@@ -45,7 +52,7 @@ def read_parent(config: RunConfig) -> dict[str, Any] | None:
     if stage.get("tokenizer_digest", tokenizer_digest(config)) != tokenizer_digest(config):
         found.append(
             f"{where}: learnt with another tokenizer than data.tokenizer={config.data.tokenizer}. "
-            f"Use its own ({kept['data']['tokenizer']}), as it was."
+            f"Use its own ({kept['data']['tokenizer']}), as it was, or null."
         )
     if found:
         raise ValueError("\n".join(found))
@@ -96,7 +103,13 @@ def tokenizer_digest(config: RunConfig) -> str:
     Raises:
         ValueError: there is no such tokenizer.
     """
-    return _fingerprint(config.data.tokenizer)
+    return _fingerprint(tokenizer_folder(config))
+
+
+def tokenizer_folder(config: RunConfig) -> str | None:
+    """Returns the folder of the tokenizer that a run uses; None is the built-in one."""
+    model = config.model
+    return choose_folder(config.data.tokenizer, config.init_from, model.weights, model.parts.llm)
 
 
 @functools.cache  # a large one takes half a second to read, and a pipeline asks for every stage

@@ -17,6 +17,7 @@ from typing import Any
 from data.config import AudioText, TemplateConfig
 from data.geometry import AudioGeometry, ImageGeometry, LongAudio, MediaConfig
 from train.model.config import AudioConfig, LLMConfig, ModelConfig, VisionConfig
+from train.model.shapes import POSITIONS
 
 CONFIG = "config.json"
 ARCHITECTURE = "MegrezO"
@@ -42,7 +43,6 @@ VISION_NAMES = {
 }
 AUDIO_NAMES = {"width": "n_state", "layers": "n_layer", "heads": "n_head"}
 
-AUDIO_POSITIONS = 1500
 HEAD_WIDTH = 128
 """Channels of one head of the resampler, where no number of heads is given."""
 
@@ -135,7 +135,7 @@ def _vision(found: _Content) -> VisionConfig:
 def _audio(found: _Content) -> AudioConfig:
     sizes = {name: found.need(f"audio_config.{theirs}") for name, theirs in AUDIO_NAMES.items()}
     found.expect("audio_config.output_dim", found.need("hidden_size"), "it must be hidden_size")
-    found.expect("audio_config.n_ctx", AUDIO_POSITIONS, "other windows are not built")
+    found.expect("audio_config.n_ctx", POSITIONS, "other windows are not built")
     found.expect("audio_config.add_audio_bos_eos_token", True, "clips without marks are not built")
     return AudioConfig(**sizes)
 
@@ -268,7 +268,7 @@ def _vision_json(vision: VisionConfig, image: ImageGeometry) -> dict[str, Any]:
 def _audio_json(model: ModelConfig, audio: AudioGeometry) -> dict[str, Any]:
     return {
         "n_mels": audio.mel_bins,
-        "n_ctx": AUDIO_POSITIONS,
+        "n_ctx": POSITIONS,
         **{theirs: getattr(model.audio, ours) for ours, theirs in AUDIO_NAMES.items()},
         "output_dim": model.llm.width,
         "avg_pool": audio.pool,

@@ -19,14 +19,17 @@ from train.compose import readable_errors
 from train.config import Precision, RunConfig
 from train.data import Tables, build_encoder, build_loader, build_planner, load_held_out, load_tables
 from train.engine import Engine, build_engine, start_engine
+from train.first_weights import FirstWeights, open_first_weights
 from train.flops import peak_flops
 from train.folder import RunFolder
 from train.held_out import EVALUATION, HeldOut
 from train.loop import Preempted, Training, train, write_ledger
 from train.meters import Meters
-from train.model.omni import build_model
-from train.model.stand_in import HEADS, MODEL_OF
+from train.model.initial import RandomWeights
+from train.model.omni import meta_model
+from train.model.stand_in import MODEL_OF
 from train.sinks import Sink, SinkRun, build_sinks, keep_until
+from train.weights import FirstWeightsReader
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that was asked to end and saved its state (sysexits' "try again later")."""
@@ -39,18 +42,19 @@ def run(config: RunConfig) -> None:
     if folder.is_complete:
         print(f"run={folder.path}: already complete. Its result is in {folder.final}.")
         return
-    parent = stage.open_parent(config)
+    first = open_first_weights(config)
     accelerator = start_engine(config)
     with readable_errors(every_rank=True):
-        _run(config, folder, parent, accelerator)
+        _run(config, folder, first, accelerator)
 
 
-def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
+def _run(config: RunConfig, folder: RunFolder, first: FirstWeights, accelerator) -> None:
     started = time.time()
     torch.manual_seed(config.seed)
-    model = build_model(config.model, config.media, config.seed, MODEL_OF[config.objective.value])
+    model = meta_model(config.model, config.media, MODEL_OF[config.objective.value])
     model.set_tuned(config.tuned)
     sizes = module_sizes(model)
+    beginnings = FirstWeightsReader(first, RandomWeights(model, config.seed))
     engine = build_engine(config, accelerator, model)
     if engine.is_main:
         folder.create(config)
@@ -72,18 +76,18 @@ def _run(config: RunConfig, folder: RunFolder, parent, accelerator) -> None:
         total_steps=total_steps,
         quarantined=tables.quarantined + held_out.quarantined,
     )
-    beginning = _begin(training, planner, parent)
+    beginning = _begin(training, planner, first, beginnings)
     write_ledger(training)
     if engine.is_main:
         lines = describe_run(config, engine, total_steps, sizes)
         lines += describe_data("train", tables) + describe_data("held out", held_out)
         lines += describe_sample(tables, encoder) if training.step == 0 else []
-        print("\n".join([*lines, beginning]), flush=True)
+        print("\n".join([*lines, *beginning]), flush=True)
         training.sinks = _open_sinks(training)
     checkpoint = _train_or_exit(training)
     if engine.is_main:
-        facts = _facts(training, tables, held_out, parent, time.time() - started)
-        stage.write_final(config, folder.final, checkpoint, parent[0] if parent else None, facts)
+        facts = _facts(training, tables, held_out, first, time.time() - started)
+        stage.write_final(config, folder.final, checkpoint, beginnings, facts)
     _close(training)
     if engine.is_main:
         print(f"Complete: {total_steps} steps. Weights and stage.json are in {folder.final}.")
@@ -135,19 +139,19 @@ def _peak(config: RunConfig, engine: Engine) -> float | None:
     return peak_flops(torch.cuda.get_device_name(engine.device))
 
 
-def _begin(training: Training, planner: Planner, parent) -> str:
-    """Restores the newest checkpoint, or the parent's weights, or nothing; returns which in words.
+def _begin(
+    training: Training, planner: Planner, first: FirstWeights, beginnings: FirstWeightsReader
+) -> list[str]:
+    """Restores the newest checkpoint, or copies the first weights; returns in words which.
 
     Raises:
-        ValueError: the checkpoint is damaged, or its parent's weights are not those of now.
+        ValueError: the checkpoint is damaged, or its first weights are not those of now.
     """
-    training.parent_weights_digest = parent[1]["weights_digest"] if parent else None
+    training.parent_weights_digest = first.digest
     newest = newest_checkpoint(training.folder.checkpoints)
     if newest is None:
-        if parent is None:
-            return "RANDOM WEIGHTS: neither init_from nor a checkpoint was given, so nothing is known yet."
-        copy_weights(training.engine, parent[0], fresh=HEADS)
-        return f"Weights of {training.config.init_from} (stage {parent[1]['stage']})."
+        copy_weights(training.engine, beginnings)
+        return first.report()
     reader = PieceReader(newest)
     _check_parent(training, reader.state)
     restore_checkpoint(training.engine, reader)
@@ -162,7 +166,7 @@ def _begin(training: Training, planner: Planner, parent) -> str:
         training.ledger.restore(state["ledger"])
         if training.folder.skipped.exists():
             keep_until(training.folder.skipped, training.step)
-    return f"Goes on after step {training.step} from {newest}."
+    return [f"Goes on after step {training.step} from {newest}."]
 
 
 def _check_parent(training: Training, state: dict[str, Any]) -> None:
@@ -171,9 +175,15 @@ def _check_parent(training: Training, state: dict[str, Any]) -> None:
     then = state.get("parent_weights_digest", now)
     if then != now:
         raise ValueError(
-            f"init_from={training.config.init_from}: holds other weights than {training.folder.path} was "
+            f"{_first_word(training.config)}: holds other weights than {training.folder.path} was "
             f"started from: {str(then)[:12]} then, {str(now)[:12]} now. Put them back, or name another run."
         )
+
+
+def _first_word(config: RunConfig) -> str:
+    if config.init_from:
+        return f"init_from={config.init_from}"
+    return f"model.weights={config.model.weights}" if config.model.weights else "model.parts"
 
 
 def _restore_record(training: Training, saved: dict[str, Any]) -> None:
@@ -184,7 +194,7 @@ def _restore_record(training: Training, saved: dict[str, Any]) -> None:
 
 
 def _index_digests(config: RunConfig, tables: Tables, held_out: Tables) -> dict[str, str]:
-    """Returns the digest of every source's index by the source's config path."""
+    """Returns the digest of every first's index by the first's config path."""
     sources = {f"data.sources.{name}": folder for name, folder in tables.folders.items()}
     for name, folder in held_out.folders.items():
         if name in config.data.held_out:  # the others are shares of training sources
@@ -192,7 +202,9 @@ def _index_digests(config: RunConfig, tables: Tables, held_out: Tables) -> dict[
     return {where: folder.digest for where, folder in sources.items()}
 
 
-def _facts(training: Training, tables: Tables, held_out: Tables, parent, seconds: float) -> dict[str, Any]:
+def _facts(
+    training: Training, tables: Tables, held_out: Tables, first: FirstWeights, seconds: float
+) -> dict[str, Any]:
     record = training.last_record
     kept = ("loss", "loss_by_source", "loss_by_modality", "held_out")
     evaluation = record.get("held_out", {})
@@ -200,7 +212,7 @@ def _facts(training: Training, tables: Tables, held_out: Tables, parent, seconds
         "steps": training.total_steps,
         "data_digest": tables.digest,
         "data_index_digests": _index_digests(training.config, tables, held_out),
-        "parent": stage.describe_parent(training.config, parent[1] if parent else None),
+        "parent": first.parent,
         "metrics": {name: record[name] for name in kept if name in record},
         "evaluation": {name: evaluation[name] for name in EVALUATION if name in evaluation},
         "samples": {"good": training.good, "bad": training.bad},

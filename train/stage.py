@@ -1,4 +1,4 @@
-"""Stages: what a finished one leaves behind, and which parent the next one may start from."""
+"""Stages: what a finished one leaves behind."""
 
 from __future__ import annotations
 
@@ -11,32 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data.tokenizer import copy_tokenizer
 from train.checkpoint import PieceReader
 from train.compose import to_yaml
 from train.config import RunConfig
-from train.model.omni import module_of
+from train.model.omni import NEVER_TUNED, module_of
 from train.model.stand_in import HEADS
-from train.parent import read_parent, tokenizer_digest
-from train.weights import WeightReader, sync, write_weights
-
-
-def open_parent(config: RunConfig) -> tuple[WeightReader, dict[str, Any]] | None:
-    """Returns the parent's weights and stage.json, or None without `init_from`.
-
-    Raises:
-        ValueError: the parent is missing, unfinished, or does not fit (train/parent.py).
-    """
-    stage = read_parent(config)
-    if stage is None or config.init_from is None:
-        return None
-    return WeightReader(Path(config.init_from) / "final"), stage
-
-
-def describe_parent(config: RunConfig, stage: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Returns what stage.json keeps of the parent."""
-    if stage is None:
-        return None
-    return {"run": config.init_from, "stage": stage["stage"], "weights_digest": stage["weights_digest"]}
+from train.parent import tokenizer_digest, tokenizer_folder
+from train.weights import FirstWeightsReader, sync, write_weights
 
 
 def config_digest(config: RunConfig) -> str:
@@ -56,31 +38,31 @@ def versions() -> dict[str, str]:
     return found
 
 
-class FrozenFromParent:
-    """A checkpoint's weights, but for frozen modules those of the parent: in bf16 ZeRO holds these
-    rounded, and a module that nobody trained must not change by one bit."""
+class FrozenFromStart:
+    """A checkpoint's weights, but for frozen ones those that the stage began with: in bf16 ZeRO holds
+    these rounded, and what nobody trained must not change by one bit."""
 
-    def __init__(self, config: RunConfig, checkpoint: PieceReader, parent: WeightReader) -> None:
+    def __init__(self, config: RunConfig, checkpoint: PieceReader, first: FirstWeightsReader) -> None:
         self.shapes = checkpoint.shapes
         self.names = checkpoint.names
-        self._sources = {
-            name: checkpoint if config.tuned[module_of(name)] else parent for name in checkpoint.shapes
+        self._readers = {
+            name: checkpoint if config.tuned[module_of(name)] and name not in NEVER_TUNED else first
+            for name in checkpoint.shapes
         }
 
     def read(self, kind: str, name: str, start: int, stop: int):
         """Returns elements [start, stop) of a flattened weight."""
-        return self._sources[name].read(kind, name, start, stop)
+        return self._readers[name].read(kind, name, start, stop)
 
 
 def write_final(
-    config: RunConfig, final: Path, checkpoint: Path, parent: WeightReader | None, facts: dict[str, Any]
+    config: RunConfig, final: Path, checkpoint: Path, first: FirstWeightsReader, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes weights and `stage.json` of a finished stage from its last checkpoint (main rank only).
 
     `final` appears whole or not at all.
     """
-    pieces = PieceReader(checkpoint)
-    weights = FrozenFromParent(config, pieces, parent) if parent else pieces
+    weights = FrozenFromStart(config, PieceReader(checkpoint), first)
     partial = final.with_name(".final.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -97,6 +79,7 @@ def write_final(
         **facts,
     }
     (partial / "config.yaml").write_text(to_yaml(config))
+    copy_tokenizer(tokenizer_folder(config), partial)
     (partial / "stage.json").write_text(json.dumps(stage, indent=1, ensure_ascii=False))
     sync(partial / "stage.json")
     os.replace(partial, final)

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-INDEX = "model.safetensors.index.json"
+from train.first_weights import PATCH_POSITIONS, FirstWeights
+from train.model.initial import RandomWeights
+from train.tensor_files import INDEX, read_tensor_files
+
 SHARD_BYTES = 5 * 10**9
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -120,27 +124,87 @@ def weights_digest(folder: Path) -> str:
 
 
 class WeightReader:
-    """Reads ranges of whole weights, with the interface of `train.checkpoint.PieceReader`."""
+    """Reads ranges of whole weights from a folder, with the interface of `train.checkpoint.PieceReader`.
+
+    One file is open at a time, since what was read of a mapped file counts as memory in use. Read
+    in the order of `place`, every file is opened once.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / INDEX
-        if not index.is_file():
-            raise ValueError(f"{folder}: has no {INDEX}. Name a run whose stage is complete.")
-        self._files = json.loads(index.read_text())["weight_map"]
-        handles = {
-            file: safe_open(str(folder / file), framework="pt") for file in sorted(set(self._files.values()))
-        }
-        self._handles = {name: handles[file] for name, file in self._files.items()}
-        self.shapes = {
-            name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()
-        }
+        found = read_tensor_files(folder, str(folder))
+        self.shapes = found.shapes
+        self._files = found.files
+        self._open: tuple[str, Any] = ("", None)
 
     def names(self) -> list[str]:
-        """Returns every parameter's name."""
+        """Returns every weight's name."""
         return sorted(self.shapes)
+
+    def place(self, name: str) -> str:
+        """Returns the file of a weight."""
+        return self._files.get(name, "")
 
     def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Returns elements [start, stop) of a flattened weight."""
         assert kind == "weight"
-        return self._handles[name].get_tensor(name).reshape(-1)[start:stop]
+        tensor = self._handle(self._files[name]).get_slice(name)
+        shape = self.shapes[name]
+        if len(shape) < 2:
+            return tensor[start:stop]
+        row = math.prod(shape[1:])
+        first, last = start // row, -(-min(stop, shape[0] * row) // row)
+        return tensor[first:last].reshape(-1)[start - first * row : stop - first * row]
+
+    def _handle(self, file: str):
+        if self._open[0] != file:
+            self._open = ("", None)  # closes the one before
+            self._open = (file, safe_open(str(self.folder / file), framework="pt"))
+        return self._open[1]
+
+
+class FirstWeightsReader:
+    """Reads the first weights of a stage: stored ones, changed where their shape asks for it, and drawn ones.
+
+    Args:
+        first: where every weight comes from.
+        drawn: makes those that are stored nowhere.
+    """
+
+    def __init__(self, first: FirstWeights, drawn: RandomWeights) -> None:
+        self.folder = first.title
+        self.shapes = drawn.shapes
+        self._stored = first.stored
+        self._drawn = drawn
+        self._readers = {stored.folder: WeightReader(stored.folder) for stored in first.stored.values()}
+
+    def place(self, name: str) -> str:
+        """Returns the file that a weight is read from; nothing for a drawn one."""
+        stored = self._stored.get(name)
+        return f"{stored.folder}/{stored.file}" if stored else ""
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Returns elements [start, stop) of a flattened weight."""
+        stored = self._stored.get(name)
+        if stored is None:
+            return self._drawn.read(kind, name, start, stop)
+        reader = self._readers[stored.folder]
+        if stored.shape == self.shapes[name]:
+            return reader.read(kind, stored.name, start, stop)
+        whole = reader.read(kind, stored.name, 0, math.prod(stored.shape)).reshape(stored.shape)
+        change = interpolate_positions if name == PATCH_POSITIONS else grow_rows
+        return change(whole, self.shapes[name][0]).reshape(-1)[start:stop]
+
+
+def grow_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """Returns a table with rows added below, each the mean of those that were there."""
+    mean = table.mean(0, dtype=torch.float32).to(table.dtype)
+    return torch.cat([table, mean.expand(rows - len(table), -1)])
+
+
+def interpolate_positions(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """Returns a square table of positions resized to `rows` = side^2 rows, bicubic, fp32."""
+    then, now = math.isqrt(len(table)), math.isqrt(rows)
+    grid = table.float().reshape(1, then, then, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(now, now), mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).reshape(rows, -1)

@@ -3,14 +3,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.config import AudioText, TemplateConfig
+from data.config import RELEASED_SYSTEM, AudioText, TemplateConfig
 from data.sample import IGNORE, Message, Part, SampleError
 from data.template import AudioSpan, ImageSpan, render, truncate
 from data.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(None)
 CONFIG = TemplateConfig()
-SYSTEM = f"<|role_start|>system<|role_end|>{CONFIG.system}<|turn_end|>"
+SYSTEM = f"<|role_start|>system<|role_end|>{RELEASED_SYSTEM}<|turn_end|>"
 UNK = "<|unk|>"
 SPANS = {
     "one": ImageSpan(None, 3),

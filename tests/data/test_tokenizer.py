@@ -1,12 +1,13 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.make_tokenizer import SPLIT
-from data.tokenizer import BUILT_IN, SPECIAL_TOKENS, TextTokenizer, load_tokenizer
+from data.tokenizer import BUILT_IN, SPECIAL_TOKENS, TextStream, TextTokenizer, load_tokenizer
 
 TOKENIZER = load_tokenizer(None)
 
@@ -92,3 +93,23 @@ def test_a_folder_without_tokenizer_is_refused_by_its_path(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not a tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["你好，世界！鬼魅魍魉𠮷野家", "a b", "emoji 👩‍👩‍👧 é ñ", "", "x\ufffdy"])
+def test_a_stream_gives_whole_characters_and_all_of_the_text(text):
+    tokenizer = load_tokenizer(None)
+    ids = tokenizer.encode(text)
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in ids]
+    assert "".join(pieces) + stream.end() == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_stream_of_any_ids_is_their_text():
+    tokenizer = load_tokenizer(None)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ids = rng.integers(0, tokenizer.vocab_size, 30).tolist()
+        stream = TextStream(tokenizer)
+        assert "".join([*map(stream.add, ids), stream.end()]) == tokenizer.decode(ids)

@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.tokenizer import BUILT_IN
+from train.release import CONFIG, release_config
+from train.request import read_model
 from train.weights import WeightReader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,3 +123,15 @@ def launch(
     if code is not None and done.returncode != code and not (code == 0 and complete):
         raise AssertionError(f"exit status {done.returncode}, expected {code}:\n{done.stdout[-4000:]}")
     return finished
+
+
+def release(run: Path, out: Path) -> Path:
+    """Returns `out`, made a released folder that holds the weights of a finished run, in fp32."""
+    shutil.copytree(run / "final", out, ignore=shutil.ignore_patterns("config.yaml", "stage.json"))
+    shutil.copy(BUILT_IN, out)
+    config = read_model([f"run={run}"]).config
+    content = release_config(
+        config.model, config.media, config.data.template, eos_token_id=5, pad_token_id=2, dtype="float32"
+    )
+    (out / CONFIG).write_text(json.dumps(content))
+    return out

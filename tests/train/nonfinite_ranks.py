@@ -11,8 +11,10 @@ from data.collate import collate
 from data.sample import IGNORE, EncodedSample
 from tests.train.launching import SMALL
 from tests.train.test_compose import config_of
+from train.checkpoint import copy_weights
 from train.engine import build_engine, start_engine
-from train.model.omni import build_model
+from train.model.initial import RandomWeights
+from train.model.omni import meta_model
 
 
 def sample(number: int, *, poisoned: bool) -> EncodedSample:
@@ -41,9 +43,11 @@ def main(zero: str, precision: str, out: str) -> None:
         *SMALL, f"zero={zero}", f"precision={precision}", "train.packs_per_step=2", "optim.lr=1e-3"
     )
     accelerator = start_engine(config)
-    model = build_model(config.model, config.media, 0)
+    model = meta_model(config.model, config.media)
     model.set_tuned(config.tuned)
+    weights = RandomWeights(model, 0)
     engine = build_engine(config, accelerator, model)
+    copy_weights(engine, weights)
     results = []
     for step in (1, 2, 3):
         before = held(engine)

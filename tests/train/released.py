@@ -11,7 +11,8 @@ import numpy as np
 from data.tokenizer import BUILT_IN, load_tokenizer
 from tests.records import jpeg, wav
 from tests.train.tiny_model import MEDIA, tiny_config
-from train.model.omni import MegrezOmni, build_model
+from train.model.initial import build_model
+from train.model.omni import MegrezOmni
 from train.release import release_config
 from train.weights import write_weights
 

@@ -8,8 +8,10 @@ import sys
 import pytest
 
 from tests.records import prepare
-from tests.train.launching import ROOT, SMALL, environment, launch
+from tests.train.launching import ROOT, SMALL, environment, launch, release
 from train.evaluate import read_request
+from train.request import read_model
+from train.weights import INDEX, SINGLE, WeightReader
 
 WORDS = (*SMALL, "train.steps=2", "train.packs_per_step=2", "optim.lr=1e-3", "eval.max_new_tokens=5")
 
@@ -42,6 +44,63 @@ def test_finished_run_and_its_last_checkpoint_give_what_the_run_itself_found(run
     found = json.loads((tmp_path / "out" / "step-00000002.json").read_text())
     assert found["loss_by_source"] == evaluation["loss_by_source"]
     assert found["answers"]["folder"]["samples"] == 2 and "step 2, held out:" in again.stdout
+
+
+def test_released_folder_gives_what_its_run_gives(run, mixed_shards, tmp_path):
+    folder = release(run.folder, tmp_path / "release")
+    words = ("data=folder", f"data.path={mixed_shards}", "data.holdout=0.3", "eval.samples=8", "--json")
+    words += ("data.pack.length=256", "eval.max_new_tokens=5")
+    done = evaluate(f"weights={folder}", *words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.pop("weights") == str(folder) and found.pop("step") == 0
+    wanted = {key: value for key, value in run.stage["evaluation"].items() if "metrics" not in key}
+    assert {key: found[key] for key in wanted} == wanted and found["answers"]["folder"]["samples"] == 8
+
+
+def test_request_of_a_released_folder_is_its_sizes_and_its_tokenizer(run, tmp_path):
+    folder = release(run.folder, tmp_path / "release")
+    words = [f"weights={folder}", "data=demo", "eval.samples=7"]
+    made = read_request([*words, "data.tokenizer=null"]).config
+    trained = read_request([f"run={run.folder}"]).config
+    assert (made.model.llm, made.model.vision, made.media) == (
+        trained.model.llm,
+        trained.model.vision,
+        trained.media,
+    )
+    assert (made.data.tokenizer, made.precision, made.eval.samples) == (None, trained.precision, 7)
+    assert read_model([f"weights={folder}"]).config.data.tokenizer == str(folder)
+    refused = {
+        (f"run={folder}",): f"run={folder}: holds no config.yaml. It is a released folder: use weights=",
+        (f"weights={run.folder}",): f"weights={run.folder}: holds no config.json. It is a run: use run=",
+        (f"weights={folder}", f"run={run.folder}"): f"weights={folder}: run={run.folder} is set too.",
+        (f"weights={folder}",): "data: it is not set.",
+        (f"weights={folder}", "data=demo", "data.pack.length=8192"): "data.pack.length=8192: longer than",
+    }
+    for wrong, problem in refused.items():
+        with pytest.raises(ValueError) as error:
+            read_request([*wrong])
+        assert str(error.value).startswith(problem)
+
+
+def test_weights_in_one_file_are_read_and_a_damaged_folder_is_refused(run, tmp_path):
+    folder = release(run.folder, tmp_path / "release")
+    whole = run.weights()
+    (shard,) = folder.glob("*.safetensors")
+    (folder / INDEX).rename(tmp_path / INDEX)
+    with pytest.raises(ValueError, match=r"has neither model.safetensors.index.json nor model.safetensors"):
+        WeightReader(folder)
+    single = shard.rename(folder / SINGLE)
+    reader = WeightReader(folder)
+    assert {name: reader.read("weight", name, 0, 2**62).tolist() for name in reader.shapes} == {
+        name: tensor.tolist() for name, tensor in whole.items()
+    }
+    single.write_bytes(single.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors: is damaged or cut off"):
+        WeightReader(folder)
+    (tmp_path / INDEX).rename(folder / INDEX)
+    with pytest.raises(ValueError, match=rf"{shard.name}: is missing, but {INDEX} names it"):
+        WeightReader(folder)
 
 
 def test_request_is_the_config_of_the_run_with_its_changes(run, text_shards):

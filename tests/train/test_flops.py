@@ -21,7 +21,8 @@ from train.flops import (
     work_of,
 )
 from train.model.config import AudioConfig, LLMConfig, ModelConfig, VisionConfig
-from train.model.omni import MegrezOmni, build_model
+from train.model.initial import build_model
+from train.model.omni import MegrezOmni
 
 FROZEN = dict.fromkeys(EVERYTHING, False)
 STAGES = {

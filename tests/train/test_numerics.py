@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.train.launching import SMALL, launch
-from train.model.omni import build_model, module_of
+from train.model.initial import build_model
+from train.model.omni import module_of
 
 TOLERANCE = 1e-5
 STEPS = ("train.steps=4", "train.packs_per_step=4", "optim.lr=1e-3")

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from data.collate import BlankSegment
 from data.sample import IGNORE, Dropped, EncodedSample
 from tests.train.tiny_model import MEDIA, gradients, make_batch, make_sample, tiny_config
-from train.model.omni import build_model, module_of
+from train.model.initial import build_model
+from train.model.omni import module_of
 from train.model.stand_in import HEADS, MODEL_OF
 
 FLAGS = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj")

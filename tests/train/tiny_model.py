@@ -9,7 +9,8 @@ from data.collate import collate
 from data.geometry import AudioGeometry, ImageGeometry, MediaConfig
 from data.sample import IGNORE, Batch, EncodedSample
 from train.model.config import AudioConfig, LLMConfig, ModelConfig, RecomputeConfig, VisionConfig
-from train.model.omni import MegrezOmni, build_model
+from train.model.initial import build_model
+from train.model.omni import MegrezOmni
 
 LENGTH = 128
 MEDIA = MediaConfig(

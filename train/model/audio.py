@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from data.geometry import AudioGeometry
 from data.sample import AudioBatch
 from train.model.config import AudioConfig
+from train.model.shapes import POSITIONS
 from train.model.tower import Segments, pre_norm_layer, run_layers
-
-POSITIONS = 1500
-"""Encoder frames in 30 seconds, the longest window."""
 
 
 class Audio(nn.Module):

@@ -93,10 +93,38 @@ class StageLR:
 
 
 @dataclass(kw_only=True, slots=True)
+class PartsConfig:
+    """Folders, in transformers' own layouts, of the parts that a first stage starts from."""
+
+    llm: str | None = None
+    vision_encoder: str | None = None
+    audio_encoder: str | None = None
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Folders by part, of the parts that have one."""
+        parts = {"llm": self.llm, "vision_encoder": self.vision_encoder, "audio_encoder": self.audio_encoder}
+        return {part: folder for part, folder in parts.items() if folder is not None}
+
+    def problems(self) -> list[str]:
+        """Returns nothing: folders are checked when they are opened (train/first_weights.py)."""
+        return []
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The whole model. `name` goes into stage.json and guards against a parent of another size."""
+    """The whole model, and the weights that a first stage starts from.
+
+    `name` goes into stage.json and guards against a parent of another size. `weights` is a release
+    folder; beginnings of names in `fresh` may be missing there and are drawn, those in `ignore` may be
+    there and are left out.
+    """
 
     name: str = "custom"
+    weights: str | None = None
+    parts: PartsConfig = field(default_factory=PartsConfig)
+    fresh: list[str] = field(default_factory=list)
+    ignore: list[str] = field(default_factory=list)
     llm: LLMConfig = field(default_factory=LLMConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
@@ -105,12 +133,26 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
+        found = self._problems_of_weights()
+        if found:
+            return found
         heads = self.vision.resampler_heads
         if heads > 0 and self.llm.width % heads:
             return [f"vision.resampler_heads={heads}: must divide {self.llm.width}, the LLM's width."]
         if self.llm.width % 4:
             return [f"llm.width={self.llm.width}: must be a multiple of 4 for the 2-D sin-cos positions."]
         return []
+
+    def _problems_of_weights(self) -> list[str]:
+        found = [
+            f"parts.{part}={folder}: model.weights={self.weights} is set too. Set one of them."
+            for part, folder in self.parts.named.items()
+            if self.weights is not None
+        ]
+        for name in ("fresh", "ignore"):
+            if getattr(self, name) and self.weights is None and not self.parts.named:
+                found.append(f"{name}: is about model.weights or model.parts, and neither is set. Remove it.")
+        return found
 
 
 def _below_one(config, *names: str) -> list[str]:

@@ -7,7 +7,6 @@ so it can be built on the meta device and filled from a checkpoint.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 
 from data.geometry import MediaConfig
 from data.sample import Batch
-from train.model.audio import POSITIONS, Audio, AudioEncoder, sinusoids
+from train.model.audio import Audio
 from train.model.config import ModelConfig
 from train.model.llm import build_llm
 from train.model.placement import place_media
-from train.model.vision import Resampler, Vision, sincos_grid
+from train.model.vision import Vision
 
 MODULES: dict[str, tuple[str, ...]] = {
     "vision_encoder": ("vision.vpm.",),
@@ -33,8 +32,6 @@ MODULES: dict[str, tuple[str, ...]] = {
 
 NEVER_TUNED = ("audio.audio.positional_embedding",)
 """Fixed tables that are stored as parameters."""
-
-STD = 0.02
 
 
 class LossParts(NamedTuple):
@@ -75,25 +72,6 @@ class MegrezOmni(nn.Module):
         self.audio.audio.recompute = config.recompute.audio_encoder
         if config.recompute.llm:
             self.llm.gradient_checkpointing_enable({"use_reentrant": False})
-        self.initialise()
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Draws every weight anew from torch's global generator.
-
-        Matrices are normal(0, 1 / sqrt(inputs)), which is the usual 0.02 at a width of 2560: narrower
-        towers with 0.02 stay nearly silent for hundreds of steps. Embeddings are normal(0, 0.02),
-        biases 0, norms 1. Queries and the position tables of both towers start from sines and cosines.
-
-        The connectors end in smaller weights, so that pictures and clips enter the language model at
-        the scale of words: louder ones would drown what its first layers add.
-        """
-        for module in self.modules():
-            _initialise(module)
-        for weight in (self.vision.resampler.proj, self.audio.audio.proj.weight):
-            nn.init.normal_(weight, std=STD * weight.shape[1] ** -0.5)
-        positions = self.vision.vpm.embeddings.position_embedding.weight
-        positions.copy_(sincos_grid(len(positions), positions.shape[1], math.isqrt(len(positions))))
 
     def set_tuned(self, flags: Mapping[str, bool]) -> None:
         """Makes exactly the modules with a true flag trainable.
@@ -147,31 +125,7 @@ class MegrezOmni(nn.Module):
         return place_media(words, batch.vision, batch.audio, self.vision, self.audio)
 
 
-def build_model(
-    config: ModelConfig, media: MediaConfig, seed: int, kind: type[MegrezOmni] = MegrezOmni
-) -> MegrezOmni:
-    """Returns a model with random fp32 weights on the CPU that depend on `seed` (and `kind`) alone."""
+def meta_model(config: ModelConfig, media: MediaConfig, kind: type[MegrezOmni] = MegrezOmni) -> MegrezOmni:
+    """Returns a model without any memory for its weights; an engine makes what its ranks need of it."""
     with torch.device("meta"):
-        model = kind(config, media)
-    model.to_empty(device="cpu")
-    torch.manual_seed(seed)
-    model.initialise()
-    return model
-
-
-def _initialise(module: nn.Module) -> None:
-    """Draws the parameters that `module` itself holds."""
-    if isinstance(module, AudioEncoder):
-        table = sinusoids(POSITIONS, module.positional_embedding.shape[1])
-        module.positional_embedding.copy_(table)
-    elif isinstance(module, Resampler):
-        module.query.copy_(sincos_grid(len(module.query), module.query.shape[1], module.slice_side))
-    else:
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(parameter, std=STD)
-            elif parameter.ndim > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-            else:
-                # The only vectors named `weight` are the gains of norms.
-                parameter.fill_(1.0 if name == "weight" else 0.0)
+        return kind(config, media)

@@ -29,7 +29,6 @@ class PatchLabeller(MegrezOmni):
     def __init__(self, config: ModelConfig, media: MediaConfig):
         super().__init__(config, media)
         self.vision.vpm.label_head = LossHead(config.vision.width, config.llm.vocab, bias=False)
-        self.initialise()
 
     def forward(self, batch: Batch) -> LossParts:
         """Returns the weighted sum of the losses of all patches, and a loss for each supervised position.
@@ -55,7 +54,6 @@ class SpeechReader(MegrezOmni):
     def __init__(self, config: ModelConfig, media: MediaConfig):
         super().__init__(config, media)
         self.audio.audio.ctc_head = nn.Linear(config.audio.width, config.llm.vocab + 1)
-        self.initialise()
 
     def forward(self, batch: Batch) -> LossParts:
         """Returns the weighted sum of the clips' losses; each is spread evenly over its sample's tokens.
