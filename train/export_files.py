@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import SPECIAL_TOKENS, TextTokenizer, load_tokenizer
-from train.export_source import TOKENIZER, Source
+from train.export_source import TOKENIZER, Source, settled_template
 from train.hub_code import auto_map, code_files
 from train.release import ARCHITECTURE, CONFIG, OWN, read_json, release_config, sizes_of, template_of
 
@@ -126,20 +126,22 @@ def _write_config(
     if source.release is None:
         content = ours
     else:
-        content = _merged(read_json(source.release), ours)
+        content = _merged(source.release, ours)
         if content is None and not with_code:
             return  # the copy says all
         content = content or read_json(source.release)
     if with_code:
+        content[OWN] = ours[OWN]  # the code does not read the template of a tokenizer
         content |= {"architectures": [ARCHITECTURE], "auto_map": auto_map(), "torch_dtype": dtype}
         content.pop("dtype", None)
     write_json(path, content)
 
 
-def _merged(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any] | None:
+def _merged(release: Path, ours: dict[str, Any]) -> dict[str, Any] | None:
     """Returns a release's config with the settings of a run in it, or None where they are the same."""
-    same = (*sizes_of(theirs), template_of(theirs))
-    was = release_config(*same, eos_token_id=None, pad_token_id=None, dtype="")
+    theirs = read_json(release)
+    template = settled_template(template_of(theirs), release)
+    was = release_config(*sizes_of(theirs), template, eos_token_id=None, pad_token_id=None, dtype="")
     changed = {key: ours[key] for key in was if ours[key] != was[key]}
     for key in ("eos_token_id", "pad_token_id", "torch_dtype"):
         changed.pop(key, None)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import TemplateConfig
+from data.chat_template import adopt_template
+from data.config import RELEASED_SYSTEM, TemplateConfig
 from data.geometry import MediaConfig
-from data.tokenizer import BUILT_IN
+from data.tokenizer import BUILT_IN, load_tokenizer
 from train.compose import reword, to_run_config
 from train.config import RunConfig
 from train.model.config import ModelConfig
+from train.parent import tokenizer_folder
 from train.release import read_json, sizes_of, template_of
 
 TOKENIZER = "tokenizer.json"
@@ -49,17 +51,28 @@ def read_run(folder: Path) -> Source:
     stage_file = folder / "final" / "stage.json"
     if not stage_file.is_file() and not any(folder.glob("checkpoints/step-*/manifest.json")):
         raise ValueError(f"run={folder}: has no weights yet. Wait for its first checkpoint.")
-    release = release_of(folder)
+    named = tokenizer_folder(config)
+    tokenizer = Path(named) if named else BUILT_IN.parent
     return Source(
         folder,
         config.model,
         config.media,
-        config.data.template,
-        Path(config.data.tokenizer) if config.data.tokenizer else release or BUILT_IN.parent,
-        release,
+        settled_template(config.data.template, tokenizer),
+        tokenizer,
+        release_of(folder),
         config,
         json.loads(stage_file.read_text()) if stage_file.is_file() else {},
     )
+
+
+def settled_template(template: TemplateConfig, tokenizer: Path) -> TemplateConfig:
+    """Returns the template's options as they are used: what they leave to the tokenizer's folder filled in.
+
+    Raises:
+        ValueError: the folder has no tokenizer, or a template that writes otherwise than ours.
+    """
+    adopted = adopt_template(template, tokenizer, load_tokenizer(str(tokenizer)))
+    return replace(adopted, system=RELEASED_SYSTEM) if adopted.system is None else adopted
 
 
 def read_weights(folder: Path) -> Source:
@@ -75,7 +88,8 @@ def read_weights(folder: Path) -> Source:
     model, media = sizes_of(content, where)
     if not (folder / TOKENIZER).is_file():
         raise ValueError(f"weights={folder}: holds no {TOKENIZER}. Put the model's own one there.")
-    return Source(folder, model, media, template_of(content, where), folder, folder)
+    template = settled_template(template_of(content, where), folder)
+    return Source(folder, model, media, template, folder, folder)
 
 
 def _run_config(folder: Path) -> RunConfig:

@@ -28,7 +28,6 @@ from tests.train.test_omni import release_shapes
 from tests.train.tiny_model import MEDIA, tiny_config
 from train.answers import STOPS
 from train.export import main
-from train.export_folder import _parent as parent_of
 from train.export_folder import export
 from train.export_request import read_request
 from train.export_source import release_of
@@ -263,16 +262,6 @@ def test_run_is_exported_from_its_last_checkpoint_as_from_its_end(run, tmp_path,
     assert (tmp_path / "end" / "processor_config.json").is_file() == (form == "transformers")
     model, media = read_release(tmp_path / "end")
     assert (model.llm.width, media.image.queries) == (64, 4)
-
-
-def test_frozen_modules_of_a_checkpoint_come_from_the_parent_it_started_from(made, tmp_path):
-    run_export(f"weights={made.folder}/release", f"out={tmp_path}/final", "format=megrez")
-    (tmp_path / "final" / "stage.json").write_text('{"weights_digest": "d"}')
-    config = SimpleNamespace(init_from=str(tmp_path))
-    found = parent_of(config, {"parent_weights_digest": "d"})
-    assert found is not None and found.folder == tmp_path / "final"
-    assert parent_of(config, {"parent_weights_digest": "other"}) is None
-    assert parent_of(SimpleNamespace(init_from=None), {}) is None
 
 
 def test_command_prints_json_and_refuses_a_folder_in_use(made, tmp_path, capsys):
