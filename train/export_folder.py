@@ -18,9 +18,9 @@ from train.export_source import Source
 from train.model.shapes import release_shapes
 from train.model.stand_in import HEADS
 from train.model_card import model_card
-from train.source import open_run
+from train.source import open_weights
 from train.tensor_files import INDEX
-from train.weights import WeightReader, sync, write_weights
+from train.weights import sync, write_weights
 
 
 def export(request: Request, *, as_json: bool = False) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def export(request: Request, *, as_json: bool = False) -> dict[str, Any]:
         ValueError: the weights are not those of the model that the source's config describes.
         OSError: the file system refused.
     """
-    reader, step = _open(request.source)
+    reader, step = open_weights(request.source.request)
     check_weights(reader, request.source)
     stream = sys.stderr if as_json else sys.stdout
     partial = request.out.with_name(f".{request.out.name}.partial")
@@ -47,13 +47,6 @@ def export(request: Request, *, as_json: bool = False) -> dict[str, Any]:
     return _announce(request, step, digest, index, as_json)
 
 
-def _open(source: Source):
-    """Returns a reader of whole weights and the run's step, which a released folder has none of."""
-    if source.config is None:
-        return WeightReader(source.folder), None
-    return open_run(source.config)
-
-
 def check_weights(reader, source: Source) -> None:
     """Raises ValueError where names or shapes are not those of the source's model."""
     expected = release_shapes(source.model, source.media)
@@ -67,7 +60,7 @@ def check_weights(reader, source: Source) -> None:
             )
 
 
-def _write(request: Request, reader, step: int | None, folder: Path, stream) -> str:
+def _write(request: Request, reader, step: int, folder: Path, stream) -> str:
     source, form = request.source, request.form
     dtype = request.dtype.value
     write_files(source, folder, dtype, with_code=form is Format.transformers)
@@ -90,7 +83,7 @@ def _reporter(stream) -> Callable[[str, int, int], None]:
     return report
 
 
-def _announce(request: Request, step: int | None, digest: str, index, as_json: bool) -> dict[str, Any]:
+def _announce(request: Request, step: int, digest: str, index, as_json: bool) -> dict[str, Any]:
     found = {
         "out": str(request.out),
         "from": str(request.source.folder),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from train.compose import nearest
-from train.export_source import Source, read_run, read_weights
+from train.export_source import Source, read_source
+from train.request import MODEL_WORDS
 
-KEYS = ("run", "weights", "out", "format", "dtype", "max_shard")
+KEYS = (*MODEL_WORDS, "out", "format", "dtype", "max_shard")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -53,7 +54,8 @@ def read_request(words: list[str]) -> Request:
     shard_bytes = _read_bytes(given.get("max_shard", "5GB"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={out}: is there already, and not empty. Name a new folder.")
-    return Request(_source(given), out, form, dtype, shard_bytes)
+    source = read_source([f"{key}={given[key]}" for key in MODEL_WORDS if key in given])
+    return Request(source, out, form, dtype, shard_bytes)
 
 
 def _by_key(words: list[str]) -> dict[str, str]:
@@ -93,13 +95,3 @@ def _read_bytes(text: str) -> int:
     if not found or float(found[1]) == 0:
         raise ValueError(f"max_shard={text}: is no size. Use one such as 5GB, 500MB or 2GiB.")
     return int(float(found[1]) * UNITS[(found[2] or "").upper()])
-
-
-def _source(given: dict[str, str]) -> Source:
-    if "run" in given and "weights" in given:
-        raise ValueError(
-            f"weights={given['weights']}: run={given['run']} has weights already. Use one of them."
-        )
-    if "weights" in given:
-        return read_weights(Path(given["weights"]))
-    return read_run(Path(_needed(given, "run", "runs/omni_sft")))

@@ -7,20 +7,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from data.chat_template import adopt_template
 from data.config import RELEASED_SYSTEM, TemplateConfig
 from data.geometry import MediaConfig
-from data.tokenizer import BUILT_IN, load_tokenizer
-from train.compose import reword, to_run_config
+from data.tokenizer import BUILT_IN, FILES, load_tokenizer
 from train.config import RunConfig
+from train.folder import RunFolder
 from train.model.config import ModelConfig
-from train.parent import tokenizer_folder
-from train.release import read_json, sizes_of, template_of
+from train.parent import released_folder, tokenizer_folder
+from train.request import ModelRequest, read_model
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER = FILES[0]
 
 
 @dataclass(slots=True)
@@ -31,38 +28,48 @@ class Source:
     files go along; `stage` the stage.json of a finished run. `config` is None for a released folder.
     """
 
-    folder: Path
-    model: ModelConfig
-    media: MediaConfig
+    request: ModelRequest
     template: TemplateConfig
     tokenizer: Path
-    release: Path | None = None
-    config: RunConfig | None = None
+    release: Path | None
     stage: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def folder(self) -> Path:
+        """The run or the released folder."""
+        return self.request.weights or Path(self.request.config.run)
 
-def read_run(folder: Path) -> Source:
-    """Returns what the run in `folder` has to export.
+    @property
+    def config(self) -> RunConfig | None:
+        """The config of the run."""
+        return None if self.request.weights else self.request.config
+
+    @property
+    def model(self) -> ModelConfig:
+        """Sizes of the model."""
+        return self.request.config.model
+
+    @property
+    def media(self) -> MediaConfig:
+        """How media become tokens."""
+        return self.request.config.media
+
+
+def read_source(words: list[str]) -> Source:
+    """Returns what `run=DIR` or `weights=DIR` has to export.
 
     Raises:
-        ValueError: it is no run, or has no weights yet.
+        ValueError: there is no such model, it has no weights yet, or what belongs to it is gone.
     """
-    config = _run_config(folder)
-    stage_file = folder / "final" / "stage.json"
-    if not stage_file.is_file() and not any(folder.glob("checkpoints/step-*/manifest.json")):
-        raise ValueError(f"run={folder}: has no weights yet. Wait for its first checkpoint.")
-    named = tokenizer_folder(config)
-    tokenizer = Path(named) if named else BUILT_IN.parent
-    return Source(
-        folder,
-        config.model,
-        config.media,
-        settled_template(config.data.template, tokenizer),
-        tokenizer,
-        release_of(folder),
-        config,
-        json.loads(stage_file.read_text()) if stage_file.is_file() else {},
-    )
+    request = read_model(words)
+    config = request.config
+    tokenizer = Path(tokenizer_folder(config) or BUILT_IN.parent)
+    template = settled_template(config.data.template, tokenizer)
+    if request.weights is not None:
+        return Source(request, template, tokenizer, request.weights)
+    folder = RunFolder(config)
+    stage = json.loads(folder.stage_file.read_text()) if folder.is_complete else {}
+    return Source(request, template, tokenizer, _release_of(request, stage), stage)
 
 
 def settled_template(template: TemplateConfig, tokenizer: Path) -> TemplateConfig:
@@ -75,59 +82,14 @@ def settled_template(template: TemplateConfig, tokenizer: Path) -> TemplateConfi
     return replace(adopted, system=RELEASED_SYSTEM) if adopted.system is None else adopted
 
 
-def read_weights(folder: Path) -> Source:
-    """Returns what a released folder has to export.
-
-    Raises:
-        ValueError: it is none, or of a model that is not built here.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"weights={folder}: there is no such folder. Name one that holds a released model.")
-    content = read_json(folder)
-    where = str(folder / "config.json")
-    model, media = sizes_of(content, where)
-    if not (folder / TOKENIZER).is_file():
-        raise ValueError(f"weights={folder}: holds no {TOKENIZER}. Put the model's own one there.")
-    template = settled_template(template_of(content, where), folder)
-    return Source(folder, model, media, template, folder, folder)
-
-
-def _run_config(folder: Path) -> RunConfig:
-    kept = folder / "config.yaml"
-    if not kept.is_file():
-        raise ValueError(f"run={folder}: holds no config.yaml. Name the folder of a run of train.py.")
-    try:
-        made_with = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(kept))
-        assert isinstance(made_with, DictConfig)
-        made_with.run = str(folder)  # it may have been moved
-        return to_run_config(made_with)
-    except OmegaConfBaseException as error:
-        raise ValueError(reword(error)) from error
-
-
-def release_of(run: Path) -> Path | None:
-    """Returns the released folder that a run, or the first of its parents, started from.
-
-    Raises:
-        ValueError: that folder, or a parent that would name it, is gone.
-    """
-    passed: set[Path] = set()
-    while run not in passed:
-        passed.add(run)
-        kept = OmegaConf.load(run / "config.yaml")
-        weights, parent = OmegaConf.select(kept, "model.weights"), OmegaConf.select(kept, "init_from")
-        if weights:
-            return _there(Path(weights), "config.json", f"model.weights={weights}", run)
-        if not parent:
-            return None
-        run = _there(Path(parent), "config.yaml", f"init_from={parent}", run)
-    return None
-
-
-def _there(folder: Path, file: str, where: str, run: Path) -> Path:
-    if not (folder / file).is_file():
+def _release_of(request: ModelRequest, stage: dict[str, Any]) -> Path | None:
+    """Returns the released folder that a run, or the first of its parents, started from."""
+    named = stage["release"] if stage else released_folder(request.config)
+    if named is None:
+        return None
+    if not (Path(named) / "config.json").is_file():
         raise ValueError(
-            f"{where}: {run} started from it, and it is gone; its tokenizer and other files belong into the "
-            "export. Put it back."
+            f"{request.name}: descends from {named}, which is gone; its files other than weights belong into "
+            "the export. Put it back."
         )
-    return folder
+    return Path(named)

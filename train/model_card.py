@@ -32,12 +32,12 @@ out=OTHER format=transformers` turns it into a folder that transformers loads.
 }
 
 
-def model_card(source: Source, form: str, dtype: str, step: int | None, digest: str) -> str:
+def model_card(source: Source, form: str, dtype: str, step: int, digest: str) -> str:
     """Returns the text of README.md.
 
     Args:
         form: a key of `LOADING`.
-        step: of the run; None for a released folder.
+        step: of the run; 0 for a released folder.
         digest: of the weights as written.
     """
     sections = [
@@ -57,13 +57,13 @@ def model_card(source: Source, form: str, dtype: str, step: int | None, digest: 
     return "\n\n".join(sections) + "\n"
 
 
-def _origin(source: Source, dtype: str, step: int | None, digest: str) -> dict[str, Any]:
+def _origin(source: Source, dtype: str, step: int, digest: str) -> dict[str, Any]:
     stage, config = source.stage, source.config
     rows: dict[str, Any] = {"made from": source.folder}
     if config is not None:
         rows |= {
             "recipe": config.stage,
-            "steps": step,
+            "steps": step or None,  # a released folder does not say
             "complete": "yes" if stage else "no: the newest checkpoint",
             "tuned": ", ".join(name for name, on in config.tuned.items() if on),
             "frozen": ", ".join(name for name, on in config.tuned.items() if not on),
@@ -84,7 +84,9 @@ def _origin(source: Source, dtype: str, step: int | None, digest: str) -> dict[s
 def _parent(source: Source) -> str | None:
     parent = source.stage.get("parent")
     if parent:
-        return f"{parent['run']} ({parent['stage']}, weights {parent['weights_digest']})"
+        began = parent.get("run") or parent.get("weights") or ", ".join(parent["parts"].values())
+        stage = f"{parent['stage']}, " if "stage" in parent else ""
+        return f"{began} ({stage}weights {parent['weights_digest']})"
     return source.config.init_from if source.config else None
 
 

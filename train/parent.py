@@ -112,6 +112,13 @@ def tokenizer_folder(config: RunConfig) -> str | None:
     return choose_folder(config.data.tokenizer, config.init_from, model.weights, model.parts.llm)
 
 
+def released_folder(config: RunConfig) -> str | None:
+    """Returns the released folder that a run, or the first of its parents, started from."""
+    if config.init_from is None:
+        return config.model.weights
+    return json.loads((Path(config.init_from) / "final" / "stage.json").read_text()).get("release")
+
+
 @functools.cache  # a large one takes half a second to read, and a pipeline asks for every stage
 def _fingerprint(folder: str | None) -> str:
     return load_tokenizer(folder).fingerprint

@@ -17,7 +17,7 @@ from train.compose import to_yaml
 from train.config import RunConfig
 from train.model.omni import NEVER_TUNED, module_of
 from train.model.stand_in import HEADS
-from train.parent import tokenizer_digest, tokenizer_folder
+from train.parent import released_folder, tokenizer_digest, tokenizer_folder
 from train.weights import FirstWeightsReader, sync, write_weights
 
 
@@ -78,6 +78,7 @@ def write_final(
         "frozen": [name for name, on in tuned.items() if not on],
         "config_digest": config_digest(config),
         "tokenizer_digest": tokenizer_digest(config),
+        "release": released_folder(config),
         "weights_digest": write_weights(weights, partial, leave_out=HEADS),
         "versions": versions(),
         **facts,

@@ -30,7 +30,6 @@ from train.answers import STOPS
 from train.export import main
 from train.export_folder import export
 from train.export_request import read_request
-from train.export_source import release_of
 from train.generate import generate
 from train.release import read_json, read_release
 from train.weights import INDEX, WeightReader, plan_shards, weight_index
@@ -302,9 +301,9 @@ def test_weights_of_another_model_are_refused_and_nothing_is_left(made, tmp_path
         ("run=x out=y format=megrez max_shards=5", "max_shards: not a known key. Did you mean 'max_shard'?"),
         ("run=x out=y format", "format: is not KEY=VALUE."),
         ("run=x run=y out=z format=megrez", "run=y: run is given twice."),
-        ("run=x weights=w out=y format=megrez", "weights=w: run=x has weights already."),
+        ("run=x weights=w out=y format=megrez", "weights=w: run=x is set too."),
         ("run=x out=y format=megrez", "run=x: holds no config.yaml."),
-        ("weights=w out=y format=megrez", "weights=w: there is no such folder."),
+        ("weights=w out=y format=megrez", "weights=w: holds no config.json."),
     ],
 )
 def test_mistakes_are_refused_by_name(words, problem):
@@ -321,19 +320,3 @@ def test_mistakes_are_refused_before_torch_is_imported(made):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_release_is_found_through_the_parents_of_a_run(tmp_path):
-    (tmp_path / "release").mkdir()
-    (tmp_path / "release" / "config.json").write_text("{}")
-    parents = {
-        "first": f"model: {{weights: {tmp_path}/release}}\ninit_from: null",
-        "second": "init_from: FIRST",
-    }
-    for name, text in parents.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text(text.replace("FIRST", f"{tmp_path}/first"))
-    assert release_of(tmp_path / "second") == tmp_path / "release"
-    shutil.rmtree(tmp_path / "release")
-    with pytest.raises(ValueError, match="it is gone"):
-        release_of(tmp_path / "second")
