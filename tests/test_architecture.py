@@ -15,6 +15,7 @@ BANNED_NAMES = {"utils", "common", "helpers", "misc", "base", "manager"}
 ONLY_IN = {
     "accelerate": {"train/engine.py", "train/checkpoint.py"},
     "deepspeed": {"train/engine.py", "train/checkpoint.py"},
+    "peft": {"train/adapters.py"},
     "wandb": {"train/wandb_sink.py"},
     "webdataset": {"data/shards.py"},
 }
@@ -24,11 +25,13 @@ TORCH_FREE = {
     "train/evaluate.py",
     "train/compose.py",
     "train/folder.py",
+    "train/lora.py",
     "train/parent.py",
     "train/release.py",
     "train/request.py",
     "train/sampling.py",
     "train/sinks.py",
+    "train/stored.py",
 }
 # What `launch` may know of a run: how it is composed and where it is kept, nothing that computes.
 FOR_LAUNCH = (

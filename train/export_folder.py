@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 
-from train.checkpoint import PieceReader
+from train.checkpoint import PieceReader, newest_checkpoint
 from train.export_files import write_files
 from train.export_request import Format, Request
 from train.export_source import Source
 from train.first_weights import open_first_weights
+from train.folder import RunFolder
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model
 from train.model.shapes import release_shapes
 from train.model.stand_in import HEADS, MODEL_OF
 from train.model_card import model_card
 from train.request import ModelRequest
-from train.source import open_weights
+from train.source import merged, open_weights
 from train.stage import FrozenFromStart
 from train.tensor_files import INDEX
 from train.weights import FirstWeightsReader, WeightReader, sync, write_weights
@@ -58,12 +59,15 @@ def _open(source: Source):
     if source.config is None:
         return WeightReader(source.folder), None
     reader, step = open_weights(ModelRequest(source.config, None, None))
-    if isinstance(reader, PieceReader):
-        first = open_first_weights(source.config)  # they hold frozen modules unrounded
-        model = meta_model(source.model, source.media, MODEL_OF[source.config.objective.value])
-        drawn = RandomWeights(model, source.config.seed)
-        return FrozenFromStart(source.config, reader, FirstWeightsReader(first, drawn)), step
-    return reader, step
+    if source.stage:
+        return reader, step
+    newest = newest_checkpoint(RunFolder(source.config).checkpoints)
+    assert newest is not None
+    first = open_first_weights(source.config)  # they hold frozen modules unrounded
+    model = meta_model(source.model, source.media, MODEL_OF[source.config.objective.value])
+    drawn = RandomWeights(model, source.config.seed)
+    exact = FrozenFromStart(source.config, PieceReader(newest), FirstWeightsReader(first, drawn))
+    return merged(exact, source.config), step
 
 
 def check_weights(reader, source: Source) -> None:
