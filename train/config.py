@@ -370,7 +370,8 @@ class RunConfig:
                 "Use lora.rank=0."
             ]
         return [
-            f"lora.modules: {name} is frozen. Set tune_{name}=true, which trains its adapters, or take it out."
+            f"lora.modules: {name} is frozen. "
+            f"Set tune_{name}=true, which trains its adapters, or take it out."
             for name in self.lora.adapted
             if not self.tuned.get(name, True)
         ]

@@ -12,7 +12,6 @@ from train.request import ModelRequest
 from train.stored import read_result
 from train.weights import MergedReader, StoredReader, WeightReader
 
-
 Reader = WeightReader | StoredReader | MergedReader | PieceReader
 """What reads whole weights under the names of the release."""
 

@@ -110,7 +110,8 @@ def _check_base(files: dict[str, str], where: str) -> None:
             raise ValueError(f"{where}: its adapters were trained on {path}, and it is gone. Put it back.")
         if fingerprint([Path(path)]) != then:
             raise ValueError(
-                f"{where}: its adapters were trained on {path}, which has changed since. Put it back as it was."
+                f"{where}: its adapters were trained on {path}, which has changed since. "
+                "Put it back as it was."
             )
 
 

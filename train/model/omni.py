@@ -57,7 +57,7 @@ def module_of(name: str) -> str:
 
 
 def is_trained(name: str, flags: Mapping[str, bool], adapted: Collection[str] = ()) -> bool:
-    """Returns whether a weight trains: one of a module with a true flag, and of `adapted` modules an adapter's."""
+    """Returns whether a weight trains: its module has a true flag, and it is an adapter in `adapted` ones."""
     module = module_of(name)
     return flags[module] and name not in NEVER_TUNED and (module not in adapted or ADAPTER in name)
 

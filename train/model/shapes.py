@@ -18,7 +18,7 @@ ADAPTER = ".lora_"
 """What the name of an adapter's weight has, and no other."""
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-"""What the names of an adapter's two weights, [rank, inputs] and [outputs, rank], have in place of `.weight`."""
+"""Ends of an adapter's two weights, [rank, inputs] and [outputs, rank], in place of `.weight`."""
 
 Shapes = dict[str, tuple[int, ...]]
 
