@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from train.checkpoint import PieceReader, newest_checkpoint
 from train.config import RunConfig
@@ -29,21 +28,13 @@ def open_weights(model: ModelRequest) -> tuple[Reader, int]:
         return WeightReader(model.weights), 0
     folder = RunFolder(model.config)
     if folder.is_complete:
-        return open_result(folder.final), json.loads(folder.stage_file.read_text())["steps"]
+        found = read_result(folder.final, model.name)
+        return StoredReader(found, folder.final), json.loads(folder.stage_file.read_text())["steps"]
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
         raise ValueError(f"{model.name}: has no weights yet. Wait for its first checkpoint.")
     reader = PieceReader(newest)
     return merged(reader, model.config), reader.manifest["step"]
-
-
-def open_result(final: Path) -> StoredReader:
-    """Returns a reader of a finished stage's weights.
-
-    Raises:
-        ValueError: a file is missing or damaged.
-    """
-    return StoredReader(read_result(final, str(final)), final)
 
 
 def merged(reader, config: RunConfig):

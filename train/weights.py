@@ -177,7 +177,9 @@ class StoredReader:
         self.folder = folder
         self.shapes = {name: entry.shape for name, entry in stored.items()}
         self._stored = stored
-        self._readers = {entry.folder: WeightReader(entry.folder) for entry in stored.values()}
+        self._readers = {
+            folder: WeightReader(folder) for folder in {entry.folder for entry in stored.values()}
+        }
 
     def names(self) -> list[str]:
         """Returns every weight's name."""

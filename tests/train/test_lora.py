@@ -23,7 +23,7 @@ from train.model.llm import build_llm
 from train.model.omni import module_of
 from train.model.shapes import DOWN, UP, release_shapes
 from train.release import release_config
-from train.source import open_result
+from train.stored import read_result
 from train.weights import StoredReader, WeightReader, write_weights
 
 ENCODERS = ("vision_encoder", "audio_encoder")
@@ -37,6 +37,11 @@ def whole(reader) -> dict[str, torch.Tensor]:
         name: reader.read("weight", name, 0, math.prod(shape)).reshape(shape)
         for name, shape in reader.shapes.items()
     }
+
+
+def result(run) -> dict[str, torch.Tensor]:
+    """Returns the weights of a finished run, merged."""
+    return whole(StoredReader(read_result(run.folder / "final", "run"), ""))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def runs(tmp_path_factory, mixed_shards, base):
     @functools.cache
     def run(zero, processes, precision="fp32"):
         own = (f"zero={zero}", f"precision={precision}")
-        return launch(folder / f"{zero}-{precision}", *words, *own, processes=processes)
+        return launch(folder / f"{zero}-{processes}-{precision}", *words, *own, processes=processes)
 
     return run
 
@@ -89,15 +94,14 @@ def test_a_stage_says_what_trains_and_keeps_adapters_and_what_trained_whole(plai
     assert plain.losses[-1] < plain.losses[0]
 
 
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["none", "zero2", "zero3"])
 def test_losses_and_adapters_do_not_depend_on_ranks_or_zero(runs, plain, zero):
     spread = runs(zero, 2)
     assert spread.losses == pytest.approx(plain.losses, rel=1e-5)
     assert spread.grad_norms == pytest.approx(plain.grad_norms, rel=1e-4)
     for ours, theirs in zip(spread.records, plain.records):
         assert ours["grad_norm_by_module"] == pytest.approx(theirs["grad_norm_by_module"], rel=1e-3)
-    left, right = adapters_of(spread), adapters_of(plain)
-    assert left.keys() == right.keys()
+    assert adapters_of(spread).keys() == adapters_of(plain).keys()
 
 
 @pytest.mark.parametrize(("zero", "precision"), [("none", "fp32"), ("zero2", "bf16"), ("zero3", "fp32")])
@@ -112,7 +116,7 @@ def test_what_lies_below_adapters_does_not_change_by_one_bit(runs, base, zero, p
         if not torch.equal(trained[name], rounded):
             changed.add(module_of(name))
     assert changed == {"vision_proj", "audio_proj"}
-    merged = whole(open_result(run.folder / "final"))
+    merged = result(run)
     config, stored = config_of(*SMALL, *LORA), whole(WeightReader(base))
     adapted = config.lora.weights(release_shapes(config.model, config.media))
     frozen = [name for name in merged if module_of(name) in ADAPTED and name not in adapted]
@@ -172,10 +176,10 @@ def test_peft_loads_the_adapters_onto_the_base_and_computes_the_same(plain, chil
     from peft import PeftModel
 
     ids = torch.arange(40)[None] * 37 % 2048
-    base = whole(open_result(plain.folder / "final"))
+    base = result(plain)
     with torch.no_grad():
         before = language_model(base)(ids)
-        merged = language_model(whole(open_result(child.folder / "final")))(ids)
+        merged = language_model(result(child))(ids)
         theirs = PeftModel.from_pretrained(language_model(base), child.folder / "final")
         found = theirs(ids)
     assert theirs.peft_config["default"].r == 2
@@ -198,11 +202,11 @@ def test_a_run_that_goes_on_ends_bit_equal(runs, tmp_path, mixed_shards, base):
 
 def test_a_stage_on_adapters_starts_from_both_merged_and_adds_its_own(plain, child):
     config = config_of(*SMALL, f"init_from={plain.folder}")
-    before, parent = open_first_weights(config), whole(open_result(plain.folder / "final"))
+    before, parent = open_first_weights(config), result(plain)
     assert "  merged        " in "\n".join(before.report())
     first = whole(StoredReader(before.stored, ""))
     assert first.keys() == parent.keys() and all(torch.equal(first[name], parent[name]) for name in first)
-    after, adapters = whole(open_result(child.folder / "final")), adapters_of(child)
+    after, adapters = result(child), adapters_of(child)
     for name, weight in after.items():
         layer = name.removesuffix(".weight")
         if layer + UP in adapters:
@@ -218,14 +222,16 @@ def test_a_base_that_changed_or_is_gone_is_refused(plain, base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     kept = (final / "base.json").read_text()
     (final / "base.json").write_text(kept.replace(str(base), str(tmp_path / "base")))
-    open_result(final)
+    read_result(final, "run=x")
     (file,) = (tmp_path / "base").glob("model-*.safetensors")
     file.write_bytes(file.read_bytes()[:-4] + b"else")
-    with pytest.raises(ValueError, match=rf"trained on {file}, which has changed since"):
-        open_result(final)
+    with pytest.raises(
+        ValueError, match=rf"run=x: its adapters were trained on {file}, which has changed since"
+    ):
+        read_result(final, "run=x")
     file.unlink()
-    with pytest.raises(ValueError, match=rf"trained on {file}, and it is gone"):
-        open_result(final)
+    with pytest.raises(ValueError, match=rf"run=x: its adapters were trained on {file}, and it is gone"):
+        read_result(final, "run=x")
 
 
 def test_weights_that_no_file_holds_are_kept_with_the_adapters(tmp_path, text_shards):
@@ -234,7 +240,7 @@ def test_weights_that_no_file_holds_are_kept_with_the_adapters(tmp_path, text_sh
     assert json.loads((run.folder / "final" / "base.json").read_text())["weights"] == {}
     config = config_of(*SMALL)
     drawn = dict(build_model(config.model, config.media, config.seed).named_parameters())
-    found = whole(open_result(run.folder / "final"))
+    found = result(run)
     assert found.keys() == drawn.keys()
     table = "llm.model.embed_tokens.weight"
     assert torch.equal(found[table], drawn[table])
