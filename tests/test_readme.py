@@ -49,6 +49,7 @@ MODULE_COMMANDS = (
     "launch.pipeline",
     "train.chat",
     "train.evaluate",
+    "train.export",
 )
 
 

@@ -12,22 +12,15 @@ from typing import Any
 
 import torch
 
-from train.checkpoint import PieceReader, newest_checkpoint
 from train.export_files import write_files
 from train.export_request import Format, Request
 from train.export_source import Source
-from train.first_weights import open_first_weights
-from train.folder import RunFolder
-from train.model.initial import RandomWeights
-from train.model.omni import meta_model
 from train.model.shapes import release_shapes
-from train.model.stand_in import HEADS, MODEL_OF
+from train.model.stand_in import HEADS
 from train.model_card import model_card
-from train.request import ModelRequest
-from train.source import merged, open_weights
-from train.stage import FrozenFromStart
+from train.source import open_run
 from train.tensor_files import INDEX
-from train.weights import FirstWeightsReader, WeightReader, sync, write_weights
+from train.weights import WeightReader, sync, write_weights
 
 
 def export(request: Request, *, as_json: bool = False) -> dict[str, Any]:
@@ -58,16 +51,7 @@ def _open(source: Source):
     """Returns a reader of whole weights and the run's step, which a released folder has none of."""
     if source.config is None:
         return WeightReader(source.folder), None
-    reader, step = open_weights(ModelRequest(source.config, None, None))
-    if source.stage:
-        return reader, step
-    newest = newest_checkpoint(RunFolder(source.config).checkpoints)
-    assert newest is not None
-    first = open_first_weights(source.config)  # they hold frozen modules unrounded
-    model = meta_model(source.model, source.media, MODEL_OF[source.config.objective.value])
-    drawn = RandomWeights(model, source.config.seed)
-    exact = FrozenFromStart(source.config, PieceReader(newest), FirstWeightsReader(first, drawn))
-    return merged(exact, source.config), step
+    return open_run(source.config)
 
 
 def check_weights(reader, source: Source) -> None:

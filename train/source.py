@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from train.checkpoint import PieceReader, newest_checkpoint
 from train.config import RunConfig
+from train.first_weights import open_first_weights
 from train.folder import RunFolder
+from train.model.initial import RandomWeights
+from train.model.omni import meta_model
+from train.model.stand_in import MODEL_OF
 from train.request import ModelRequest
+from train.stage import FrozenFromStart
 from train.stored import read_result
-from train.weights import MergedReader, StoredReader, WeightReader
-
-Reader = WeightReader | StoredReader | MergedReader | PieceReader
-"""What reads whole weights under the names of the release."""
+from train.weights import FirstWeightsReader, MergedReader, StoredReader, WeightReader
 
 
-def open_weights(model: ModelRequest) -> tuple[Reader, int]:
+def open_weights(model: ModelRequest) -> tuple[Any, int]:
     """Returns a reader of the model's weights, and the step of training that they are from.
 
-    Of a run they are those of the finished stage, else of the newest checkpoint; adapters are merged. A
-    released folder does not say its step, which counts as 0.
+    A released folder does not say its step, which counts as 0.
 
     Raises:
         ValueError: there are none, or a file is missing or damaged.
     """
     if model.weights is not None:
         return WeightReader(model.weights), 0
-    folder = RunFolder(model.config)
+    return open_run(model.config)
+
+
+def open_run(config: RunConfig) -> tuple[Any, int]:
+    """Returns the weights of a finished stage, else of the newest checkpoint, and their step.
+
+    Adapters are merged.
+
+    Raises:
+        ValueError: there are none, a file is missing or damaged, or what an unfinished stage started
+            from is gone.
+    """
+    folder = RunFolder(config)
     if folder.is_complete:
-        found = read_result(folder.final, model.name)
+        found = read_result(folder.final, f"run={folder.path}")
         return StoredReader(found, folder.final), json.loads(folder.stage_file.read_text())["steps"]
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
-        raise ValueError(f"{model.name}: has no weights yet. Wait for its first checkpoint.")
-    reader = PieceReader(newest)
-    return merged(reader, model.config), reader.manifest["step"]
+        raise ValueError(f"run={folder.path}: has no weights yet. Wait for its first checkpoint.")
+    pieces = PieceReader(newest)
+    whole = FrozenFromStart(config, pieces, open_first(config))
+    if config.lora.rank:
+        whole = MergedReader(whole, config.lora.scale)
+    return whole, pieces.manifest["step"]
 
 
-def merged(reader, config: RunConfig):
-    """Returns a reader of the whole model that the config's adapters and the layers below them make."""
-    return MergedReader(reader, config.lora.scale) if config.lora.rank else reader
+def open_first(config: RunConfig) -> FirstWeightsReader:
+    """Returns the weights that a stage begins with."""
+    model = meta_model(config.model, config.media, MODEL_OF[config.objective.value])
+    return FirstWeightsReader(open_first_weights(config), RandomWeights(model, config.seed))

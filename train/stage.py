@@ -48,11 +48,14 @@ class FrozenFromStart:
         self.folder = checkpoint.folder
         self.shapes = checkpoint.shapes
         self.names = checkpoint.names
-        self.place = checkpoint.place
         self._readers = {
             name: checkpoint if is_trained(name, config.tuned, config.lora.adapted) else first
             for name in checkpoint.shapes
         }
+
+    def place(self, name: str) -> str:
+        """Returns the file of a frozen weight."""
+        return self._readers[name].place(name)
 
     def read(self, kind: str, name: str, start: int, stop: int):
         """Returns elements [start, stop) of a flattened weight."""

@@ -63,7 +63,7 @@ def runs(tmp_path_factory, mixed_shards, base):
     words = (*SMALL, *STEPS, *LORA, f"data.path={mixed_shards}", f"model.weights={base}")
 
     @functools.cache
-    def run(zero, processes, precision="fp32"):
+    def run(zero, processes, precision):
         own = (f"zero={zero}", f"precision={precision}")
         return launch(folder / f"{zero}-{processes}-{precision}", *words, *own, processes=processes)
 
@@ -72,7 +72,7 @@ def runs(tmp_path_factory, mixed_shards, base):
 
 @pytest.fixture(scope="module")
 def plain(runs):
-    return runs("none", 1)
+    return runs("none", 1, "fp32")
 
 
 def adapters_of(run) -> dict[str, torch.Tensor]:
@@ -96,7 +96,7 @@ def test_a_stage_says_what_trains_and_keeps_adapters_and_what_trained_whole(plai
 
 @pytest.mark.parametrize("zero", ["none", "zero2", "zero3"])
 def test_losses_and_adapters_do_not_depend_on_ranks_or_zero(runs, plain, zero):
-    spread = runs(zero, 2)
+    spread = runs(zero, 2, "fp32")
     assert spread.losses == pytest.approx(plain.losses, rel=1e-5)
     assert spread.grad_norms == pytest.approx(plain.grad_norms, rel=1e-4)
     for ours, theirs in zip(spread.records, plain.records):
@@ -188,7 +188,7 @@ def test_peft_loads_the_adapters_onto_the_base_and_computes_the_same(plain, chil
 
 
 def test_a_run_that_goes_on_ends_bit_equal(runs, tmp_path, mixed_shards, base):
-    run = runs("zero3", 2)
+    run = runs("zero3", 2, "fp32")
     shutil.copytree(run.folder, tmp_path / "again", ignore=shutil.ignore_patterns("final", "step-00000004"))
     words = (*SMALL, *STEPS, *LORA, f"data.path={mixed_shards}", f"model.weights={base}", "zero=zero3")
     other = launch(tmp_path / "again", *words[:-1], "lora.alpha=4", code=2)
