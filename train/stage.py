@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from train.adapters import write_adapters
 from train.checkpoint import PieceReader
 from train.compose import to_yaml
 from train.config import RunConfig
@@ -101,8 +102,6 @@ def _write_weights(config: RunConfig, weights: FrozenFromStart, first: FirstWeig
     """
     if not config.lora.rank:
         return write_weights(weights, folder, leave_out=HEADS)
-    from train.adapters import write_adapters
-
     base = {
         name: stored
         for name, stored in first.stored.items()

@@ -15,6 +15,7 @@ from tests.train.launching import SMALL, launch
 from tests.train.released import ModelReader
 from tests.train.test_compose import config_of, mistakes
 from train.checkpoint import PieceReader
+from train.config import MODULES
 from train.export import main as export
 from train.first_weights import open_first_weights
 from train.lora import LAYERS, TARGETS, LoraConfig
@@ -166,8 +167,9 @@ def language_model(weights: dict[str, torch.Tensor]) -> Released:
 
 @pytest.fixture(scope="module")
 def child(tmp_path_factory, plain, mixed_shards):
-    """A run with adapters of its own, in two layers of the language model, on one with adapters."""
-    words = (*SMALL, "lora.rank=2", "lora.targets=[q_proj,down_proj]", f"init_from={plain.folder}")
+    """A run of nothing but adapters, in two layers of the language model, on a run with adapters."""
+    frozen = [f"tune_{name}=false" for name in MODULES if name != "llm"]
+    words = (*SMALL, *frozen, "lora.rank=2", "lora.targets=[q_proj,down_proj]", f"init_from={plain.folder}")
     few = ("train.steps=2", "train.packs_per_step=2", f"data.path={mixed_shards}", "optim.lr=1e-2")
     return launch(tmp_path_factory.mktemp("child") / "run", *words, *few)
 
@@ -206,13 +208,14 @@ def test_a_stage_on_adapters_starts_from_both_merged_and_adds_its_own(plain, chi
     assert "  merged        " in "\n".join(before.report())
     first = whole(StoredReader(before.stored, ""))
     assert first.keys() == parent.keys() and all(torch.equal(first[name], parent[name]) for name in first)
+    assert not list((child.folder / "final").glob("model*")), "frozen weights were written again"
     after, adapters = result(child), adapters_of(child)
     for name, weight in after.items():
         layer = name.removesuffix(".weight")
         if layer + UP in adapters:
             expected = parent[name] + 8.0 * adapters[layer + UP] @ adapters[layer + DOWN]
             torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
-        elif module_of(name) == "llm":
+        else:
             assert torch.equal(weight, parent[name])
 
 
