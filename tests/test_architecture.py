@@ -17,6 +17,7 @@ BANNED_NAMES = {"utils", "common", "helpers", "misc", "base", "manager"}
 ONLY_IN = {
     "accelerate": {"train/engine.py", "train/checkpoint.py"},
     "deepspeed": {"train/engine.py", "train/checkpoint.py"},
+    "peft": {"train/adapters.py"},
     "wandb": {"train/wandb_sink.py"},
     "webdataset": {"data/shards.py"},
 }
@@ -33,12 +34,14 @@ TORCH_FREE = {
     "train/folder.py",
     "train/hub_code.py",
     "train/model_card.py",
+    "train/lora.py",
     "train/parent.py",
     "train/parts.py",
     "train/release.py",
     "train/request.py",
     "train/sampling.py",
     "train/sinks.py",
+    "train/stored.py",
     "train/tensor_files.py",
     "train/model/shapes.py",
 }

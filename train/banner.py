@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from data.encode import Encoder
 from data.shards import ShardReader
@@ -12,17 +13,27 @@ from train.config import RunConfig
 from train.data import Tables
 from train.engine import Engine
 from train.model.omni import MegrezOmni, module_of
+from train.model.shapes import ADAPTER
 
 
-def module_sizes(model: MegrezOmni) -> dict[str, int]:
+class ModuleSize(NamedTuple):
+    """Parameters of a module: its own, and those of its adapters."""
+
+    own: int
+    adapters: int
+
+
+def module_sizes(model: MegrezOmni) -> dict[str, ModuleSize]:
     """Returns the parameters of each of the five modules. Call before ZeRO-3 partitions them."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        sizes[module_of(name)] = sizes.get(module_of(name), 0) + parameter.numel()
-    return sizes
+        sizes.setdefault(module_of(name), [0, 0])[ADAPTER in name] += parameter.numel()
+    return {name: ModuleSize(*size) for name, size in sizes.items()}
 
 
-def describe_run(config: RunConfig, engine: Engine, total_steps: int, sizes: dict[str, int]) -> list[str]:
+def describe_run(
+    config: RunConfig, engine: Engine, total_steps: int, sizes: dict[str, ModuleSize]
+) -> list[str]:
     """Returns the stage, its length and place, and what happens to each module."""
     spread = "DDP" if config.zero.stage == 0 else f"DeepSpeed {config.zero.value}"
     where = f"{engine.world_size} x {engine.device.type}, {spread}, {config.precision.value}"
@@ -30,9 +41,17 @@ def describe_run(config: RunConfig, engine: Engine, total_steps: int, sizes: dic
         f"Stage {config.stage} of {config.model.name} in {Path(config.run)}: {total_steps} steps, {where}"
     ]
     for name, size in sizes.items():
-        state = f"trains at lr {config.learning_rate(name):g}" if config.tuned[name] else "frozen"
-        lines.append(f"  {name:<15} {size / 1e6:10.2f}M  {state}")
+        lines.append(f"  {name:<15} {size.own / 1e6:10.2f}M  {_fate(config, name, size)}")
     return lines
+
+
+def _fate(config: RunConfig, module: str, size: ModuleSize) -> str:
+    if not config.tuned[module]:
+        return "frozen"
+    trains = f"trains at lr {config.learning_rate(module):g}"
+    if not size.adapters:
+        return trains
+    return f"frozen; {size.adapters / 1e6:.2f}M in adapters of rank {config.lora.rank}: {trains}"
 
 
 def describe_data(title: str, tables: Tables) -> list[str]:

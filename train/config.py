@@ -15,6 +15,7 @@ from typing import Any
 
 from data.config import DataConfig
 from data.geometry import MediaConfig
+from train.lora import LoraConfig
 from train.model.config import ModelConfig
 
 MODULES = ("vision_encoder", "vision_proj", "llm", "audio_encoder", "audio_proj")
@@ -295,6 +296,7 @@ class RunConfig:
     tune_audio_proj: bool = False
     zero: Zero = Zero.zero2
     precision: Precision = Precision.bf16
+    lora: LoraConfig = field(default_factory=LoraConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     media: MediaConfig = field(default_factory=MediaConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -349,6 +351,7 @@ class RunConfig:
                 f"objective={self.objective.value}: trains the {tower} alone. "
                 f"Set tune_{tower}=true and the other four to false."
             )
+        found += self._problems_of_lora()
         for name, folder in {"weights": self.model.weights, **self.model.parts.named}.items():
             if self.init_from and folder:
                 path = "model.weights" if name == "weights" else f"model.parts.{name}"
@@ -359,6 +362,19 @@ class RunConfig:
                 "Name the stages it may start from in parents."
             )
         return found
+
+    def _problems_of_lora(self) -> list[str]:
+        if self.lora.adapted and self.objective.tower:
+            return [
+                f"lora.rank={self.lora.rank}: objective={self.objective.value} trains a tower whole. "
+                "Use lora.rank=0."
+            ]
+        return [
+            f"lora.modules: {name} is frozen. "
+            f"Set tune_{name}=true, which trains its adapters, or take it out."
+            for name in self.lora.adapted
+            if not self.tuned.get(name, True)
+        ]
 
     def _has_activations(self, module: str) -> bool:
         # The language model lies behind every connector, so its activations are kept whenever

@@ -49,7 +49,7 @@ def load_tables(
     Raises:
         ValueError: the data cannot be used, or ranks do not see the same (another copy on another node).
     """
-    cost = sample_cost(config.model, config.media, config.tuned)
+    cost = sample_cost(config.model, config.media, config.tuned, config.lora)
 
     with engine.main_first():
         tables = build_tables(

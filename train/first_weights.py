@@ -8,7 +8,6 @@ stored tensor every weight is read from, and which weights are drawn. `train/wei
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from train.model.shapes import Shapes, release_shapes
 from train.parent import FITS_ANYWAY, read_parent
 from train.parts import LAYOUTS, is_tied, refuse_part
 from train.release import read_release
+from train.stored import Stored, all_of, fingerprint, read_result, stored_in
 from train.tensor_files import TensorFiles, read_tensor_files
 
 WORDS = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
@@ -35,6 +35,7 @@ PREFIXES = {"llm": "llm.", "vision_encoder": "vision.vpm.", "audio_encoder": "au
 CONNECTOR_WITHIN = ("audio.audio.proj.", "audio.audio.audio_bos_eos_token.")
 """The audio connector lies among the names of its encoder, but in no released encoder."""
 
+
 ANY_VALUE = (
     "model.name",
     "model.llm.max_positions",
@@ -45,18 +46,6 @@ ANY_VALUE = (
     "media.audio.long_audio",
 )
 """What may be otherwise than in a release's config.json, since no weight depends on it."""
-
-FINGERPRINT_BLOCKS, BLOCK_BYTES = 64, 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Where a weight lies: tensor `name` of `shape` in `folder`/`file`."""
-
-    folder: Path
-    file: str
-    name: str
-    shape: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -94,6 +83,8 @@ class FirstWeights:
         lines = [self.title]
         if self.stored:
             lines.append(f"  loaded        {len(self.stored)} tensors")
+        if merged := [stored for stored in self.stored.values() if stored.added]:
+            lines.append(f"  merged        {len(merged)} of them, with adapters")
         for name in self.changed:
             then, now = self.stored[name].shape, self.shapes[name]
             if name == PATCH_POSITIONS:
@@ -136,10 +127,10 @@ def _from_run(config: RunConfig) -> FirstWeights:
     stage = read_parent(config)
     assert stage is not None
     where = f"init_from={config.init_from}"
-    files = read_tensor_files(Path(str(config.init_from)) / "final", where)
+    found = read_result(Path(str(config.init_from)) / "final", where)
     parent = {"run": config.init_from, "stage": stage["stage"], "weights_digest": stage["weights_digest"]}
     first = FirstWeights(f"Weights of {config.init_from} (stage {stage['stage']}).", _shapes(config), parent)
-    return _complete(first, _all_of(files), (), config, where)
+    return _complete(first, found, (), config, where)
 
 
 def _from_release(config: RunConfig) -> FirstWeights:
@@ -147,9 +138,9 @@ def _from_release(config: RunConfig) -> FirstWeights:
     where = f"model.weights={folder}"
     files = read_tensor_files(folder, where)
     _refuse_sizes(config, folder, where)
-    parent = {"weights": str(folder), "weights_digest": fingerprint([files])}
+    parent = {"weights": str(folder), "weights_digest": fingerprint(files.paths)}
     return _complete(
-        FirstWeights(f"Weights of {folder}.", _shapes(config), parent), _all_of(files), (), config, where
+        FirstWeights(f"Weights of {folder}.", _shapes(config), parent), all_of(files), (), config, where
     )
 
 
@@ -179,7 +170,8 @@ def _from_parts(config: RunConfig) -> FirstWeights:
     if problems:
         raise ValueError("\n".join(problems))
     title = f"Weights of parts: {', '.join(f'{part} of {folder}' for part, folder in named.items())}."
-    first = FirstWeights(title, _shapes(config), {"parts": named, "weights_digest": fingerprint(opened)})
+    digest = fingerprint(path for files in opened for path in files.paths)
+    first = FirstWeights(title, _shapes(config), {"parts": named, "weights_digest": digest})
     used = {(stored.folder, stored.name) for stored in found.values()}
     first.left_out = [n for files in opened for n in files.shapes if (files.folder, n) not in used]
     brought = tuple(PREFIXES[part] for part in named)
@@ -200,15 +192,7 @@ def _as_ours(part: str, files: TensorFiles, where: str) -> dict[str, Stored]:
     table, head = WORDS
     if part == "llm" and head not in names and is_tied(files.folder, where):
         names[head] = names[table]
-    return {ours: _stored(files, theirs) for ours, theirs in names.items()}
-
-
-def _all_of(files: TensorFiles) -> dict[str, Stored]:
-    return {name: _stored(files, name) for name in files.shapes}
-
-
-def _stored(files: TensorFiles, name: str) -> Stored:
-    return Stored(files.folder, files.files[name], name, files.shapes[name])
+    return {ours: stored_in(files, theirs) for ours, theirs in names.items()}
 
 
 def _complete(
@@ -271,21 +255,3 @@ def _square(shape: tuple[int, ...]) -> str:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{len(names)} tensors ({', '.join(names[:3])}{more})" if len(names) > 1 else names[0]
-
-
-def fingerprint(opened: Iterable[TensorFiles]) -> str:
-    """Returns what tells weights from others: sizes and evenly spread blocks of every file.
-
-    Reading all bytes of a large model would cost ten seconds at every start.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for files in opened:
-        for name in sorted(set(files.files.values())):
-            path = files.folder / name
-            size = path.stat().st_size
-            digest.update(f"{name} {size}".encode())
-            with path.open("rb") as file:
-                for block in range(FINGERPRINT_BLOCKS):
-                    file.seek(block * max(0, size - BLOCK_BYTES) // (FINGERPRINT_BLOCKS - 1))
-                    digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()

@@ -9,14 +9,16 @@ The model is one literal list of `Term`s, each proportional to one count of `Wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.geometry import MediaConfig
+from train.lora import LAYERS, LoraConfig
 from train.model.config import ModelConfig
+from train.model.shapes import release_shapes
 
 if TYPE_CHECKING:
     from data.sample import Batch
@@ -24,9 +26,16 @@ if TYPE_CHECKING:
 Flags = Mapping[str, bool]
 """Which of vision_encoder, vision_proj, llm, audio_encoder, audio_proj train."""
 
+NO_LORA = LoraConfig()
+
 VISION = ("vision_encoder", "vision_proj")
 AUDIO = ("audio_encoder", "audio_proj")
 EVERYTHING = (*VISION, "llm", *AUDIO)
+ADAPTERS = {name: f"{name}_adapters" for name in LAYERS}
+"""What trains of a module whose own weights stay frozen (train/lora.py), by module."""
+
+BEHIND_VISION = (*VISION, ADAPTERS["vision_encoder"])
+BEFORE_LLM = (*EVERYTHING, ADAPTERS["vision_encoder"], ADAPTERS["audio_encoder"])
 
 # bf16 tensor cores without sparsity, FLOP/s, from the makers' data sheets. The first name that the
 # device's name contains counts, so longer names stand before their beginnings.
@@ -124,8 +133,8 @@ def work_of(batch: Batch, media: MediaConfig) -> Work:
 class Term:
     """One product of the model: `flops` per unit of the count `per`.
 
-    `owner` holds its weights (None: attention, which has none). `upstream` are the modules that
-    have trained parameters before its input, its owner included where that is so.
+    `owner` holds its weights (None: attention, which has none). `upstream` are the modules, or their
+    adapters, that have trained parameters before its input, its owner included where that is so.
     """
 
     part: str
@@ -134,17 +143,32 @@ class Term:
     owner: str | None
     upstream: tuple[str, ...]
 
-    def passes(self, tuned: Flags) -> int:
-        """Returns how many times its forward FLOPs a training step needs."""
-        data_gradient = any(tuned[name] for name in self.upstream)
+    def passes(self, trained: Collection[str]) -> int:
+        """Returns how many times its forward FLOPs a training step needs, where `trained` is what trains."""
+        data_gradient = any(name in trained for name in self.upstream)
         if self.owner is None:
             return 1 + 2 * data_gradient
-        return 1 + data_gradient + tuned[self.owner]
+        return 1 + data_gradient + (self.owner in trained)
 
 
-def terms(config: ModelConfig, media: MediaConfig) -> list[Term]:
-    """Returns every product of the model, in the order in which data meets them."""
-    return [*_vision_terms(config, media), *_audio_terms(config, media), *_llm_terms(config)]
+def terms(config: ModelConfig, media: MediaConfig, lora: LoraConfig = NO_LORA) -> list[Term]:
+    """Returns every product of the model, in the order in which data meets them, and those of adapters."""
+    whole = [*_vision_terms(config, media), *_audio_terms(config, media), *_llm_terms(config)]
+    return whole + [term for module in lora.adapted for term in _adapter_terms(module, config, media, lora)]
+
+
+def _layers(
+    part: str, per: str, owner: str, before: tuple[str, ...], layers: int, block: float, first: float
+) -> list[Term]:
+    """Returns the linear layers of transformer layers, `block` weights in each.
+
+    The `first` weights of the first layer, its queries, keys and values, have no adapter before them.
+    """
+    upstream = (*before, owner)
+    return [
+        Term(part, per, 2 * first, owner, upstream),
+        Term(part, per, 2 * (layers * block - first), owner, (*upstream, ADAPTERS[owner])),
+    ]
 
 
 def _vision_terms(config: ModelConfig, media: MediaConfig) -> list[Term]:
@@ -152,15 +176,16 @@ def _vision_terms(config: ModelConfig, media: MediaConfig) -> list[Term]:
     pixels = 3 * media.image.patch_pixels**2
     block = 4 * tower.width**2 + 2 * tower.width * tower.intermediate
     encoder, proj = "vision_encoder", "vision_proj"
+    before = (encoder, ADAPTERS[encoder])
     return [
         Term("vision_linear", "patches", 2 * pixels * tower.width, encoder, ()),
-        Term("vision_linear", "patches", 2 * tower.layers * block, encoder, (encoder,)),
-        Term("vision_attention", "patch_pairs", 4 * tower.layers * tower.width, None, (encoder,)),
-        Term("resampler", "patches", 2 * tower.width * width, proj, (encoder,)),
-        Term("resampler", "patches", 2 * 2 * width**2, proj, VISION),
+        *_layers("vision_linear", "patches", encoder, (), tower.layers, block, 3 * tower.width**2),
+        Term("vision_attention", "patch_pairs", 4 * tower.layers * tower.width, None, before),
+        Term("resampler", "patches", 2 * tower.width * width, proj, before),
+        Term("resampler", "patches", 2 * 2 * width**2, proj, BEHIND_VISION),
         Term("resampler", "query_projections", 2 * queries * width**2, proj, (proj,)),
-        Term("resampler", "patches", 4 * queries * width, None, VISION),
-        Term("resampler", "slices", 2 * 2 * queries * width**2, proj, VISION),
+        Term("resampler", "patches", 4 * queries * width, None, BEHIND_VISION),
+        Term("resampler", "slices", 2 * 2 * queries * width**2, proj, BEHIND_VISION),
     ]
 
 
@@ -168,24 +193,51 @@ def _audio_terms(config: ModelConfig, media: MediaConfig) -> list[Term]:
     tower, encoder = config.audio, "audio_encoder"
     kernel, mel_frames_per_frame = 3, 2
     first = mel_frames_per_frame * kernel * media.audio.mel_bins * tower.width
+    square, before = tower.width**2, (encoder, ADAPTERS[encoder])
     return [
         Term("audio_conv", "frames", 2 * first, encoder, ()),
-        Term("audio_conv", "frames", 2 * kernel * tower.width**2, encoder, (encoder,)),
-        Term("audio_linear", "frames", 2 * tower.layers * 12 * tower.width**2, encoder, (encoder,)),
-        Term("audio_attention", "frame_pairs", 4 * tower.layers * tower.width, None, (encoder,)),
-        Term("audio_proj", "audio_tokens", 2 * tower.width * config.llm.width, "audio_proj", (encoder,)),
+        Term("audio_conv", "frames", 2 * kernel * square, encoder, (encoder,)),
+        *_layers("audio_linear", "frames", encoder, (), tower.layers, 12 * square, 3 * square),
+        Term("audio_attention", "frame_pairs", 4 * tower.layers * tower.width, None, before),
+        Term("audio_proj", "audio_tokens", 2 * tower.width * config.llm.width, "audio_proj", before),
     ]
 
 
 def _llm_terms(config: ModelConfig) -> list[Term]:
     llm = config.llm
-    attention = llm.width * llm.head_dim * 2 * (llm.heads + llm.kv_heads)
-    block = attention + 3 * llm.width * llm.intermediate
+    inner, keys = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
+    first = llm.width * (inner + 2 * keys)
+    block = first + llm.width * inner + 3 * llm.width * llm.intermediate
+    before = (*BEFORE_LLM, ADAPTERS["llm"])
     return [
-        Term("llm_linear", "tokens", 2 * llm.layers * block, "llm", EVERYTHING),
-        Term("llm_attention", "pairs", 4 * llm.layers * llm.heads * llm.head_dim, None, EVERYTHING),
-        Term("head", "supervised", 2 * llm.width * llm.vocab, "llm", EVERYTHING),
+        *_layers("llm_linear", "tokens", "llm", BEFORE_LLM, llm.layers, block, first),
+        Term("llm_attention", "pairs", 4 * llm.layers * inner, None, before),
+        Term("head", "supervised", 2 * llm.width * llm.vocab, "llm", before),
     ]
+
+
+def _adapter_terms(module: str, config: ModelConfig, media: MediaConfig, lora: LoraConfig) -> list[Term]:
+    """Returns the products of a module's adapters: those of the first layer's input, and all others."""
+    part, root = ADAPTERS[module], LAYERS[module]
+    per = {"llm": "tokens", "vision_encoder": "patches", "audio_encoder": "frames"}[module]
+    shapes = lora.weights(release_shapes(config, media))
+    own = {name: shape for name, shape in shapes.items() if name.startswith(root)}
+    entry = sum(shape[1] for name, shape in own.items() if name.startswith(f"{root}0.") and _is_entry(name))
+    others = sum(sum(shape) for shape in own.values()) - entry
+    before = BEFORE_LLM if module == "llm" else ()
+    return [
+        Term(part, per, 2 * lora.rank * entry, part, before),
+        Term(part, per, 2 * lora.rank * others, part, (part,)),
+    ]
+
+
+def _is_entry(name: str) -> bool:
+    return name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
+
+
+def what_trains(tuned: Flags, lora: LoraConfig) -> set[str]:
+    """Returns the modules that train whole, and the adapters that train."""
+    return {ADAPTERS[name] if name in lora.adapted else name for name, is_tuned in tuned.items() if is_tuned}
 
 
 def forward_flops(work: Work, config: ModelConfig, media: MediaConfig) -> dict[str, Any]:
@@ -193,16 +245,19 @@ def forward_flops(work: Work, config: ModelConfig, media: MediaConfig) -> dict[s
     return training_flops(work, config, media, dict.fromkeys(EVERYTHING, False))
 
 
-def training_flops(work: Work, config: ModelConfig, media: MediaConfig, tuned: Flags) -> dict[str, Any]:
+def training_flops(
+    work: Work, config: ModelConfig, media: MediaConfig, tuned: Flags, lora: LoraConfig = NO_LORA
+) -> dict[str, Any]:
     """Returns the FLOPs of forward and backward by part of the model.
 
     The stage rule: forward always; as much again for the data gradient if anything trained lies
     upstream; as much again for the weight gradient if the owner trains. Attention's backward is
-    twice its forward.
+    twice its forward. The owner of a layer with an adapter does not train, the adapter does.
     """
     parts: dict[str, Any] = {}
-    for term in terms(config, media):
-        flops = term.flops * getattr(work, term.per) * term.passes(tuned)
+    trained = what_trains(tuned, lora)
+    for term in terms(config, media, lora):
+        flops = term.flops * getattr(work, term.per) * term.passes(trained)
         parts[term.part] = parts.get(term.part, 0.0) + flops
     return parts
 
@@ -224,7 +279,9 @@ def trains_anything(modality: str, tuned: Flags) -> bool:
     return tuned["llm"] or any(tuned[name] for name in met)
 
 
-def sample_cost(config: ModelConfig, media: MediaConfig, tuned: Flags) -> Callable[..., np.ndarray]:
+def sample_cost(
+    config: ModelConfig, media: MediaConfig, tuned: Flags, lora: LoraConfig = NO_LORA
+) -> Callable[..., np.ndarray]:
     """Returns a function (lengths, patches, frames) -> training cost of every sample, in TFLOP.
 
     The three are arrays of sums per sample, as an index has them. What it does not tell is taken
@@ -248,7 +305,7 @@ def sample_cost(config: ModelConfig, media: MediaConfig, tuned: Flags) -> Callab
             frame_pairs=frames // window * window**2 + (frames % window) ** 2,
             audio_tokens=audio_tokens,
         )
-        parts = training_flops(work, config, media, tuned)
+        parts = training_flops(work, config, media, tuned, lora)
         return np.sum(list(parts.values()), axis=0) / 1e12
 
     return cost

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.model.shapes import weight_name
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -34,11 +36,12 @@ class Fragment:
 
 
 class NamedShapes:
-    """Names and whole shapes of a model's parameters, partitioned (ZeRO-3) or not."""
+    """Names (of weights, as stored) and whole shapes of a model's parameters, partitioned (ZeRO-3) or not."""
 
     def __init__(self, model: nn.Module) -> None:
         self._facts = {
-            id(p): (name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters()
+            id(p): (weight_name(name), tuple(getattr(p, "ds_shape", p.shape)))
+            for name, p in model.named_parameters()
         }
 
     def __getitem__(self, parameter: torch.Tensor) -> tuple[str, tuple[int, ...]]:
@@ -53,7 +56,7 @@ def whole_fragments(model: nn.Module, optimizer, *, trained: bool) -> Iterator[F
         state = optimizer.state.get(parameter, {}) if trained else {}
         tensors = {"weight": parameter.data} | {key: state[key] for key in MOMENTS if key in state}
         flat = {key: tensor.view(-1) for key, tensor in tensors.items()}
-        yield Fragment(name, 0, parameter.numel(), tuple(parameter.shape), flat, replicated=True)
+        yield Fragment(weight_name(name), 0, parameter.numel(), tuple(parameter.shape), flat, replicated=True)
 
 
 def stage12_fragments(zero: Any, rank: int, names: NamedShapes) -> Iterator[Fragment]:

@@ -153,7 +153,9 @@ def train_step(run: Training, work: StepBatches, totals: Totals) -> StepResult |
 
 
 def _flops(batch: Batch, config: RunConfig) -> float:
-    parts = training_flops(work_of(batch, config.media), config.model, config.media, config.tuned)
+    parts = training_flops(
+        work_of(batch, config.media), config.model, config.media, config.tuned, config.lora
+    )
     tower = config.objective.tower
     return sum(flops for part, flops in parts.items() if tower is None or part in TOWER_PARTS[tower])
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from data.tokenizer import load_tokenizer
+from train.config import RunConfig
 from train.export_source import Source
 
 LOADING = {
@@ -67,6 +68,7 @@ def _origin(source: Source, dtype: str, step: int, digest: str) -> dict[str, Any
             "complete": "yes" if stage else "no: the newest checkpoint",
             "tuned": ", ".join(name for name, on in config.tuned.items() if on),
             "frozen": ", ".join(name for name, on in config.tuned.items() if not on),
+            "merged adapters": _adapters(config),
             "parent": _parent(source),
             "config digest": stage.get("config_digest"),
             "data digest": stage.get("data_digest"),
@@ -81,12 +83,18 @@ def _origin(source: Source, dtype: str, step: int, digest: str) -> dict[str, Any
     return {name: value for name, value in rows.items() if value not in (None, "")}
 
 
+def _adapters(config: RunConfig) -> str | None:
+    lora = config.lora
+    return f"of {', '.join(lora.adapted)}, rank {lora.rank}, alpha {lora.alpha:g}" if lora.rank else None
+
+
 def _parent(source: Source) -> str | None:
     parent = source.stage.get("parent")
     if parent:
-        began = parent.get("run") or parent.get("weights") or ", ".join(parent["parts"].values())
+        parts = [f"{part} of {folder}" for part, folder in parent.get("parts", {}).items()]
+        name = parent.get("run") or parent.get("weights") or ", ".join(parts)
         stage = f"{parent['stage']}, " if "stage" in parent else ""
-        return f"{began} ({stage}weights {parent['weights_digest']})"
+        return f"{name} ({stage}weights {parent['weights_digest']})"
     return source.config.init_from if source.config else None
 
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from data.ledger import Ledger
 from data.plan import Planner
 from train import stage
+from train.adapters import add_adapters
 from train.banner import describe_data, describe_run, describe_sample, module_sizes
 from train.checkpoint import PieceReader, copy_weights, newest_checkpoint, restore_checkpoint
 from train.compose import readable_errors
@@ -52,7 +53,8 @@ def _run(config: RunConfig, folder: RunFolder, first: FirstWeights, accelerator)
     started = time.time()
     torch.manual_seed(config.seed)
     model = meta_model(config.model, config.media, MODEL_OF[config.objective.value])
-    model.set_tuned(config.tuned)
+    add_adapters(model, config.lora)
+    model.set_tuned(config.tuned, config.lora.adapted)
     sizes = module_sizes(model)
     beginnings = FirstWeightsReader(first, RandomWeights(model, config.seed))
     engine = build_engine(config, accelerator, model)

@@ -14,7 +14,8 @@ from train.model.omni import meta_model
 from train.model.stand_in import MODEL_OF
 from train.request import ModelRequest
 from train.stage import FrozenFromStart
-from train.weights import FirstWeightsReader, WeightReader
+from train.stored import read_result
+from train.weights import FirstWeightsReader, MergedReader, StoredReader, WeightReader
 
 
 def open_weights(model: ModelRequest) -> tuple[Any, int]:
@@ -33,18 +34,24 @@ def open_weights(model: ModelRequest) -> tuple[Any, int]:
 def open_run(config: RunConfig) -> tuple[Any, int]:
     """Returns the weights of a finished stage, else of the newest checkpoint, and their step.
 
+    Adapters are merged.
+
     Raises:
         ValueError: there are none, a file is missing or damaged, or what an unfinished stage started
             from is gone.
     """
     folder = RunFolder(config)
     if folder.is_complete:
-        return WeightReader(folder.final), json.loads(folder.stage_file.read_text())["steps"]
+        found = read_result(folder.final, f"run={folder.path}")
+        return StoredReader(found, folder.final), json.loads(folder.stage_file.read_text())["steps"]
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
         raise ValueError(f"run={folder.path}: has no weights yet. Wait for its first checkpoint.")
     pieces = PieceReader(newest)
-    return FrozenFromStart(config, pieces, open_first(config)), pieces.manifest["step"]
+    whole = FrozenFromStart(config, pieces, open_first(config))
+    if config.lora.rank:
+        whole = MergedReader(whole, config.lora.scale)
+    return whole, pieces.manifest["step"]
 
 
 def open_first(config: RunConfig) -> FirstWeightsReader:

@@ -7,18 +7,22 @@ import json
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from data.tokenizer import copy_tokenizer
+from train.adapters import write_adapters
 from train.checkpoint import PieceReader
 from train.compose import to_yaml
 from train.config import RunConfig
-from train.model.omni import NEVER_TUNED, module_of
+from train.first_weights import FirstWeights
+from train.model.omni import is_trained
 from train.model.stand_in import HEADS
 from train.parent import released_folder, tokenizer_digest, tokenizer_folder
-from train.weights import FirstWeightsReader, sync, write_weights
+from train.stored import write_base
+from train.weights import FirstWeightsReader, sync, weights_digest, write_weights
 
 
 def config_digest(config: RunConfig) -> str:
@@ -28,7 +32,7 @@ def config_digest(config: RunConfig) -> str:
 
 def versions() -> dict[str, str]:
     """Returns versions of what decides the numbers."""
-    names = ("torch", "transformers", "accelerate", "deepspeed")
+    names = ("torch", "transformers", "accelerate", "deepspeed", "peft")
     found = {"python": platform.python_version()}
     for name in names:
         try:
@@ -43,10 +47,11 @@ class FrozenFromStart:
     these rounded, and what nobody trained must not change by one bit."""
 
     def __init__(self, config: RunConfig, checkpoint: PieceReader, first: FirstWeightsReader) -> None:
+        self.folder = checkpoint.folder
         self.shapes = checkpoint.shapes
         self.names = checkpoint.names
         self._readers = {
-            name: checkpoint if config.tuned[module_of(name)] and name not in NEVER_TUNED else first
+            name: checkpoint if is_trained(name, config.tuned, config.lora.adapted) else first
             for name in checkpoint.shapes
         }
 
@@ -79,7 +84,8 @@ def write_final(
         "config_digest": config_digest(config),
         "tokenizer_digest": tokenizer_digest(config),
         "release": released_folder(config),
-        "weights_digest": write_weights(weights, partial, leave_out=HEADS),
+        "weights_digest": _write_weights(config, weights, first.first, partial),
+        **({"lora": asdict(config.lora)} if config.lora.rank else {}),
         "versions": versions(),
         **facts,
     }
@@ -89,3 +95,24 @@ def write_final(
     sync(partial / "stage.json")
     os.replace(partial, final)
     return stage
+
+
+def _write_weights(config: RunConfig, weights: FrozenFromStart, first: FirstWeights, folder: Path) -> str:
+    """Writes the weights of a finished stage and returns their digest.
+
+    With adapters it is only these, the modules that trained whole, and frozen weights that no file
+    holds as they are: drawn ones, and tables that were grown. `base.json` says where the others lie.
+    """
+    if not config.lora.rank:
+        return write_weights(weights, folder, leave_out=HEADS)
+    base = {
+        name: stored
+        for name, stored in first.stored.items()
+        if stored.shape == first.shapes[name] and not is_trained(name, config.tuned, config.lora.adapted)
+    }
+    own = [name for name in first.shapes if name not in base]
+    if own:
+        write_weights(weights, folder, names=own)
+    write_base(base, config.lora.scale, bool(own), folder)
+    write_adapters(config.lora, weights, folder)
+    return weights_digest(folder)

@@ -21,6 +21,11 @@ class TensorFiles:
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, str]
 
+    @property
+    def paths(self) -> list[Path]:
+        """Every file, by name."""
+        return [self.folder / name for name in sorted(set(self.files.values()))]
+
 
 def read_tensor_files(folder: Path, where: str) -> TensorFiles:
     """Returns what a folder holds in `model.safetensors`, or in the shards that its index names.
@@ -37,7 +42,7 @@ def read_tensor_files(folder: Path, where: str) -> TensorFiles:
     shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, str] = {}
     for file in sorted(set(listed.values())) or [SINGLE]:
-        found = _read_header(folder / file, where)
+        found = read_header(folder / file, where)
         shapes |= found
         files |= dict.fromkeys(found, file)
     lost = [name for name, file in listed.items() if files.get(name) != file]
@@ -70,7 +75,7 @@ def _listed(folder: Path, where: str) -> dict[str, str]:
     raise ValueError(f"{where}: holds neither {SINGLE} nor {INDEX}. Name a folder that does.")
 
 
-def _read_header(path: Path, where: str) -> dict[str, tuple[int, ...]]:
+def read_header(path: Path, where: str) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a file's tensors, after checking that all of their bytes are there."""
     if not path.is_file():
         raise ValueError(f"{where}: {path.name} is missing, though {INDEX} names it. {_AGAIN}")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from train.first_weights import PATCH_POSITIONS, FirstWeights
 from train.model.initial import RandomWeights
+from train.model.shapes import ADAPTER, DOWN, UP
+from train.stored import Stored
 from train.tensor_files import INDEX, read_tensor_files
 
 SHARD_BYTES = 5 * 10**9
@@ -55,6 +57,7 @@ def write_weights(
     folder: Path,
     leave_out: tuple[str, ...] = (),
     *,
+    names: Iterable[str] | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     report: Report | None = None,
@@ -62,10 +65,11 @@ def write_weights(
     """Writes whole weights as sharded safetensors with an index, and returns their digest.
 
     Holds one shard in memory at a time. `reader` is a `train.checkpoint.PieceReader` or a
-    `WeightReader`; weights whose names begin with one of `leave_out` are not written. Without `dtype`
-    they are stored as they are, and counted as fp32 when the shards are planned.
+    `WeightReader`; its `names` (all) are written, but for those that begin with one of `leave_out`.
+    Without `dtype` they are stored as they are, and counted as fp32 when the shards are planned.
     """
-    shapes = {name: reader.shapes[name] for name in reader.names() if not name.startswith(leave_out)}
+    chosen = reader.names() if names is None else sorted(names)
+    shapes = {name: reader.shapes[name] for name in chosen if not name.startswith(leave_out)}
     itemsize = (dtype or torch.float32).itemsize
     shards = plan_shards(shapes, itemsize, shard_bytes)
     index = weight_index(shards, shapes, itemsize)
@@ -116,7 +120,7 @@ def _whole(reader, name: str, dtype: torch.dtype | None) -> torch.Tensor:
 def weights_digest(folder: Path) -> str:
     """Returns a digest over the bytes of every weight file of a folder."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.glob("model-*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
@@ -163,6 +167,81 @@ class WeightReader:
         return self._open[1]
 
 
+class StoredReader:
+    """Reads weights from wherever they lie, with the products of adapters added, fp32 then.
+
+    It has the interface of `train.checkpoint.PieceReader`.
+    """
+
+    def __init__(self, stored: Mapping[str, Stored], folder: Path | str) -> None:
+        self.folder = folder
+        self.shapes = {name: entry.shape for name, entry in stored.items()}
+        self._stored = stored
+        self._readers = {
+            folder: WeightReader(folder) for folder in {entry.folder for entry in stored.values()}
+        }
+
+    def names(self) -> list[str]:
+        """Returns every weight's name."""
+        return sorted(self.shapes)
+
+    def place(self, name: str) -> str:
+        """Returns the file that a weight is read from; nothing for one that is stored nowhere."""
+        stored = self._stored.get(name)
+        return f"{stored.folder}/{stored.file}" if stored else ""
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Returns elements [start, stop) of a flattened weight."""
+        stored = self._stored[name]
+        piece = self._readers[stored.folder].read(kind, stored.name, start, stop)
+        for product in stored.added:
+            with safe_open(product.file, framework="pt") as file:
+                up, down = file.get_slice(product.up), file.get_tensor(product.down)
+                piece = add_product(piece, start, product.scale, up, down)
+        return piece
+
+
+def add_product(piece: torch.Tensor, start: int, scale: float, up, down: torch.Tensor) -> torch.Tensor:
+    """Returns elements of a flattened weight, from `start` on, plus those of scale * up @ down, fp32.
+
+    Only the rows that they lie in are computed.
+
+    Shapes: piece [n], up [outputs, rank] (a tensor, or a slice of a file), down [rank, inputs].
+    """
+    row = down.shape[1]
+    first, last = start // row, -(-(start + len(piece)) // row)
+    product = (up[first:last].float() @ down.float()).reshape(-1)
+    return piece.float() + scale * product[start - first * row :][: len(piece)]
+
+
+class MergedReader:
+    """Reads weights beside which adapters lie as the model that both make: W + scale * up @ down, fp32."""
+
+    def __init__(self, reader, scale: float) -> None:
+        self.folder = reader.folder
+        self.shapes = {name: shape for name, shape in reader.shapes.items() if ADAPTER not in name}
+        self.place = reader.place
+        self._reader = reader
+        self._scale = scale
+
+    def names(self) -> list[str]:
+        """Returns every weight's name."""
+        return sorted(self.shapes)
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Returns elements [start, stop) of a flattened weight."""
+        piece = self._reader.read(kind, name, start, stop)
+        layer = name.removesuffix(".weight")
+        if layer + UP not in self._reader.shapes:
+            return piece
+        up, down = (self._whole(kind, layer + end) for end in (UP, DOWN))
+        return add_product(piece, start, self._scale, up, down)
+
+    def _whole(self, kind: str, name: str) -> torch.Tensor:
+        shape = self._reader.shapes[name]
+        return self._reader.read(kind, name, 0, math.prod(shape)).reshape(shape)
+
+
 class FirstWeightsReader:
     """Reads the first weights of a stage: stored ones, changed where their shape asks for it, and drawn ones.
 
@@ -172,26 +251,21 @@ class FirstWeightsReader:
     """
 
     def __init__(self, first: FirstWeights, drawn: RandomWeights) -> None:
+        self.first = first
         self.folder = first.title
         self.shapes = drawn.shapes
-        self._stored = first.stored
         self._drawn = drawn
-        self._readers = {stored.folder: WeightReader(stored.folder) for stored in first.stored.values()}
-
-    def place(self, name: str) -> str:
-        """Returns the file that a weight is read from; nothing for a drawn one."""
-        stored = self._stored.get(name)
-        return f"{stored.folder}/{stored.file}" if stored else ""
+        self._stored = StoredReader(first.stored, first.title)
+        self.place = self._stored.place
 
     def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Returns elements [start, stop) of a flattened weight."""
-        stored = self._stored.get(name)
-        if stored is None:
+        then = self._stored.shapes.get(name)
+        if then is None:
             return self._drawn.read(kind, name, start, stop)
-        reader = self._readers[stored.folder]
-        if stored.shape == self.shapes[name]:
-            return reader.read(kind, stored.name, start, stop)
-        whole = reader.read(kind, stored.name, 0, math.prod(stored.shape)).reshape(stored.shape)
+        if then == self.shapes[name]:
+            return self._stored.read(kind, name, start, stop)
+        whole = self._stored.read(kind, name, 0, math.prod(then)).reshape(then)
         change = interpolate_positions if name == PATCH_POSITIONS else grow_rows
         return change(whole, self.shapes[name][0]).reshape(-1)[start:stop]
 

@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.collate import collate
 from data.geometry import AudioGeometry, ImageGeometry, MediaConfig
 from data.sample import IGNORE, Batch, EncodedSample
+from train.adapters import add_adapters
 from train.flops import (
+    ADAPTERS,
     EVERYTHING,
     forward_flops,
     measure,
@@ -20,9 +22,10 @@ from train.flops import (
     trains_anything,
     work_of,
 )
+from train.lora import LoraConfig
 from train.model.config import AudioConfig, LLMConfig, ModelConfig, VisionConfig
-from train.model.initial import build_model
-from train.model.omni import MegrezOmni
+from train.model.initial import build_model, initialise
+from train.model.omni import MegrezOmni, meta_model
 
 FROZEN = dict.fromkeys(EVERYTHING, False)
 STAGES = {
@@ -189,6 +192,31 @@ def test_every_module_has_the_counted_flops_in_every_stage(stage):
         assert alone == pytest.approx(sum(parts[part] for part in own), rel=0.02), name
 
 
+@pytest.mark.parametrize(
+    ("modules", "others"),
+    [
+        (["llm"], ()),
+        (["llm"], ("vision_proj",)),
+        (["llm", "vision_encoder", "audio_encoder"], ("audio_proj",)),
+    ],
+)
+def test_adapters_have_the_counted_flops_and_the_weights_below_them_no_gradient(modules, others):
+    lora = LoraConfig(rank=8, modules=modules)
+    tuned = {name: name in (*modules, *others) for name in EVERYTHING}
+    batch, model = full_row(), meta_model(TINY, MEDIA)
+    add_adapters(model, lora)
+    model.set_tuned(tuned, lora.adapted)
+    initialise(model.to_empty(device="cpu"), seed=0)
+    work = dataclasses.replace(
+        work_of(batch, MEDIA), pairs=sum(s * s for s in batch.cu_seqlens.diff().tolist())
+    )
+    parts = training_flops(work, TINY, MEDIA, tuned, lora)
+    assert parts.keys() >= {ADAPTERS[name] for name in modules}
+    seen = counted(lambda: model(batch).loss_sum.backward())
+    assert seen == pytest.approx(sum(parts.values()), rel=0.005)
+    assert sum(parts.values()) < sum(training_flops(work, TINY, MEDIA, tuned).values())
+
+
 def test_blank_media_and_padding_are_no_work():
     text = EncodedSample("a", "source", "text", *(np.arange(40, dtype=np.int32),) * 2)
     work = work_of(collate([[text]], 64, MEDIA, 0, "token"), MEDIA)
@@ -258,7 +286,7 @@ def test_every_term_is_known_by_a_count_and_a_module():
     names = set(measure([1], 1, [1], [2], MEDIA).__slots__)
     for term in terms(TINY, MEDIA):
         assert term.per in names
-        assert {term.owner, *term.upstream} <= {None, *EVERYTHING}
+        assert {term.owner, *term.upstream} <= {None, *EVERYTHING, *ADAPTERS.values()}
 
 
 @pytest.mark.parametrize("stage", STAGES)

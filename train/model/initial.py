@@ -17,6 +17,7 @@ from data.geometry import MediaConfig
 from train.model.audio import AudioEncoder, sinusoids
 from train.model.config import ModelConfig
 from train.model.omni import MegrezOmni, meta_model
+from train.model.shapes import DOWN, UP, weight_name
 from train.model.vision import Resampler, sincos_grid
 
 STD = 0.02
@@ -35,7 +36,7 @@ class RandomWeights:
     biases 0, norms 1. Queries and the position tables of both towers start from sines and cosines.
 
     The connectors end in smaller weights, so that pictures and clips enter the language model at
-    the scale of words: louder ones would drown what its first layers add.
+    the scale of words: louder ones would drown what its first layers add. Adapters add nothing at first.
 
     Args:
         model: on any device, its parameters not yet partitioned.
@@ -49,7 +50,7 @@ class RandomWeights:
         self._rules: dict[str, Rule] = {}
         for path, module in model.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
-                name = f"{path}.{own}"
+                name = weight_name(f"{path}.{own}")
                 self.shapes[name] = tuple(parameter.shape)
                 self._rules[name] = _rule(name, module, self.shapes[name])
 
@@ -78,6 +79,11 @@ def _rule(name: str, module: nn.Module, shape: tuple[int, ...]) -> Rule:
     if len(shape) == 1:
         # The only vectors named `weight` are the gains of norms.
         return lambda _: torch.full(shape, 1.0 if name.endswith(".weight") else 0.0)
+    if name.endswith(DOWN):
+        bound = shape[1] ** -0.5  # nn.Linear's own, kaiming_uniform_(a=sqrt(5))
+        return lambda generator: torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    if name.endswith(UP):
+        return lambda _: torch.zeros(shape)
     std = STD if isinstance(module, nn.Embedding) else math.prod(shape[1:]) ** -0.5
     if name in CONNECTOR_ENDS:
         std = STD * shape[1] ** -0.5
@@ -89,7 +95,7 @@ def initialise(model: MegrezOmni, seed: int) -> None:
     """Gives a whole model its initial weights, in place."""
     weights = RandomWeights(model, seed)
     for name, parameter in model.named_parameters():
-        parameter.copy_(weights.whole(name))
+        parameter.copy_(weights.whole(weight_name(name)))
 
 
 def build_model(

@@ -7,7 +7,7 @@ so it can be built on the meta device and filled from a checkpoint.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from train.model.audio import Audio
 from train.model.config import ModelConfig
 from train.model.llm import build_llm
 from train.model.placement import place_media
+from train.model.shapes import ADAPTER
 from train.model.vision import Vision
 
 MODULES: dict[str, tuple[str, ...]] = {
@@ -55,6 +56,12 @@ def module_of(name: str) -> str:
     return max(fitting)[1]
 
 
+def is_trained(name: str, flags: Mapping[str, bool], adapted: Collection[str] = ()) -> bool:
+    """Returns whether a weight trains: its module has a true flag, and it is an adapter in `adapted` ones."""
+    module = module_of(name)
+    return flags[module] and name not in NEVER_TUNED and (module not in adapted or ADAPTER in name)
+
+
 class MegrezOmni(nn.Module):
     """The whole model.
 
@@ -73,8 +80,8 @@ class MegrezOmni(nn.Module):
         if config.recompute.llm:
             self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def set_tuned(self, flags: Mapping[str, bool]) -> None:
-        """Makes exactly the modules with a true flag trainable.
+    def set_tuned(self, flags: Mapping[str, bool], adapted: Collection[str] = ()) -> None:
+        """Makes exactly the modules with a true flag trainable, and of those in `adapted` only the adapters.
 
         Raises:
             ValueError: the flags are not one for each of `MODULES`.
@@ -87,7 +94,7 @@ class MegrezOmni(nn.Module):
         if missing := [name for name in MODULES if name not in flags]:
             raise ValueError(f"tuned={missing[0]!r}: has no flag. Give one to each of {', '.join(MODULES)}.")
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(flags[module_of(name)] and name not in NEVER_TUNED)
+            parameter.requires_grad_(is_trained(name, flags, adapted))
 
     def forward(self, batch: Batch) -> LossParts:
         """Returns the weighted sum of the losses at `batch.supervised` and each of them.

@@ -14,7 +14,18 @@ from train.model.config import AudioConfig, LLMConfig, ModelConfig, VisionConfig
 POSITIONS = 1500
 """Encoder frames in 30 seconds, the longest window of the audio encoder."""
 
+ADAPTER = ".lora_"
+"""What the name of an adapter's weight has, and no other."""
+
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+"""Ends of an adapter's two weights, [rank, inputs] and [outputs, rank], in place of `.weight`."""
+
 Shapes = dict[str, tuple[int, ...]]
+
+
+def weight_name(parameter: str) -> str:
+    """Returns the name of a weight from its parameter's: adapters hide the layer that they are added to."""
+    return parameter.replace(".base_layer.", ".").replace(".default.", ".")
 
 
 def release_shapes(config: ModelConfig, media: MediaConfig) -> Shapes:
