@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.hub_code import code_files
+from train.export.hub_code import code_files
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("data", "train", "launch", "tests")
@@ -25,15 +25,15 @@ ONLY_IN = {
 TORCH_FREE = {
     "train/chat.py",
     "train/evaluate.py",
-    "train/export.py",
-    "train/export_files.py",
-    "train/export_request.py",
-    "train/export_source.py",
+    "train/export/__main__.py",
+    "train/export/files.py",
+    "train/export/request.py",
+    "train/export/origin.py",
     "train/compose.py",
     "train/first_weights.py",
     "train/folder.py",
-    "train/hub_code.py",
-    "train/model_card.py",
+    "train/export/hub_code.py",
+    "train/export/model_card.py",
     "train/lora.py",
     "train/parent.py",
     "train/parts.py",

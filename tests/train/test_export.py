@@ -27,9 +27,9 @@ from tests.train.released import conversations, write_release
 from tests.train.test_omni import release_shapes
 from tests.train.tiny_model import MEDIA, tiny_config
 from train.answers import STOPS
-from train.export import main
-from train.export_folder import export
-from train.export_request import read_request
+from train.export.__main__ import main
+from train.export.folder import export
+from train.export.request import read_request
 from train.generate import generate
 from train.release import read_json, read_release
 from train.weights import INDEX, WeightReader, plan_shards, weight_index
@@ -315,7 +315,7 @@ def test_mistakes_are_refused_by_name(words, problem):
 def test_mistakes_are_refused_before_torch_is_imported(made):
     words = f"weights={made.folder}/release out=nowhere format=megrez"
     code = (
-        "import sys\nfrom train.export_request import read_request\n"
+        "import sys\nfrom train.export.request import read_request\n"
         f"read_request({words.split()!r})\nimport train.export\nassert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

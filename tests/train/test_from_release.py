@@ -10,9 +10,9 @@ import torch
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from tests.train.launching import SMALL, launch
 from train.compose import compose_words
-from train.export_folder import export
-from train.export_request import read_request
-from train.export_source import read_source
+from train.export.folder import export
+from train.export.origin import read_source
+from train.export.request import read_request
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model
 from train.parent import released_folder

@@ -16,7 +16,7 @@ from tests.train.released import ModelReader
 from tests.train.test_compose import config_of, mistakes
 from train.checkpoint import PieceReader
 from train.config import MODULES
-from train.export import main as export
+from train.export.__main__ import main as export
 from train.first_weights import open_first_weights
 from train.lora import LAYERS, TARGETS, LoraConfig
 from train.model.initial import build_model

@@ -7,7 +7,7 @@ from typing import Any
 
 from data.tokenizer import load_tokenizer
 from train.config import RunConfig
-from train.export_source import Source
+from train.export.origin import Source
 
 LOADING = {
     "transformers": """\

@@ -2,7 +2,7 @@
 
     python -m train.export run=runs/omni_sft out=exports/omni format=transformers
 
-A mistake in the request is refused before torch is imported; train/export_folder.py does the work.
+A mistake in the request is refused before torch is imported; train/export/folder.py does the work.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from train.compose import readable_errors
-from train.export_request import read_request
+from train.export.request import read_request
 
 
 def main(words: list[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     with readable_errors():
         request = read_request(arguments.words)
-        from train.export_folder import export
+        from train.export.folder import export
 
         export(request, as_json=arguments.json)
 

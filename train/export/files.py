@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import SPECIAL_TOKENS, TextTokenizer, load_tokenizer
-from train.export_source import TOKENIZER, Source, settled_template
-from train.hub_code import auto_map, code_files
+from train.export.hub_code import auto_map, code_files
+from train.export.origin import TOKENIZER, Source, settled_template
 from train.release import ARCHITECTURE, CONFIG, OWN, read_json, release_config, sizes_of, template_of
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.index.json")
 SOURCE_CARD = "README.release.md"
 """Where the release's own model card goes, as README.md is that of the export."""
 
-TEMPLATE_FILE = Path(__file__).parent / "hub" / "chat_template.jinja"
+TEMPLATE_FILE = Path(__file__).resolve().parents[1] / "hub" / "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 

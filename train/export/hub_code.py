@@ -10,7 +10,7 @@ import ast
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = {
     "AutoConfig": "train.hub.configuration_megrezo.MegrezOConfig",
     "AutoModelForCausalLM": "train.hub.modeling_megrezo.MegrezO",

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from train.export_files import write_files
-from train.export_request import Format, Request
-from train.export_source import Source
+from train.export.files import write_files
+from train.export.model_card import model_card
+from train.export.origin import Source
+from train.export.request import Format, Request
 from train.model.shapes import release_shapes
 from train.model.stand_in import HEADS
-from train.model_card import model_card
 from train.source import open_weights
 from train.tensor_files import INDEX
 from train.weights import sync, write_weights

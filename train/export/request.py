@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from train.compose import nearest
-from train.export_source import Source, read_source
+from train.export.origin import Source, read_source
 from train.request import MODEL_WORDS
 
 KEYS = (*MODEL_WORDS, "out", "format", "dtype", "max_shard")
