@@ -148,7 +148,9 @@ def _refuse_sizes(config: RunConfig, folder: Path, where: str) -> None:
     model, media = read_release(folder)
     theirs = {"model": asdict(model), "media": asdict(media)}
     ours = {"model": asdict(config.model), "media": asdict(config.media)}
-    found = differences(theirs, ours, (*FITS_ANYWAY, *ANY_VALUE))
+    grows = model.llm.vocab < config.model.llm.vocab
+    free = (*FITS_ANYWAY, *ANY_VALUE, *(["model.llm.vocab"] if grows else []))
+    found = differences(theirs, ours, free)
     if found:
         named = [f"  {path}: {there} there, {now} now" for path, there, now in found]
         raise ValueError(
@@ -198,7 +200,7 @@ def _as_ours(part: str, files: TensorFiles, where: str) -> dict[str, Stored]:
 def _complete(
     first: FirstWeights, found: dict[str, Stored], drawn: Iterable[str], config: RunConfig, where: str
 ) -> FirstWeights:
-    """Returns the first with every weight found in its place.
+    """Returns `first` with every weight found in its place.
 
     Raises:
         ValueError: a weight is missing, not known or of another shape, and nobody said that it may be.

@@ -269,9 +269,17 @@ def test_a_part_of_another_size_is_refused_with_every_difference(tmp_path):
 
 def test_a_release_of_another_size_is_refused_with_every_difference(tmp_path):
     write_release(tmp_path / "release")
-    config = config_of(weights=str(tmp_path / "release"), llm=replace(LLM, layers=3, vocab=4096))
+    config = config_of(weights=str(tmp_path / "release"), llm=replace(LLM, layers=3, vocab=1024))
     text = refusal(config)
-    assert "  model.llm.layers: 2 there, 3 now" in text and "  model.llm.vocab: 2048 there, 4096 now" in text
+    assert "  model.llm.layers: 2 there, 3 now" in text and "  model.llm.vocab: 2048 there, 1024 now" in text
+
+
+def test_a_release_grows_by_new_words(tmp_path):
+    stored = write_release(tmp_path / "release").llm.lm_head.weight
+    config = config_of(weights=str(tmp_path / "release"), llm=replace(LLM, vocab=2050))
+    table = loaded(config).llm.lm_head.weight
+    assert torch.equal(table[:2048], stored)
+    assert_close(table[2048:], stored.mean(0).expand(2, -1))
 
 
 def test_another_slicing_than_the_releases_is_no_other_model(tmp_path):
