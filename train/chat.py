@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import signal
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -154,8 +153,6 @@ def _converse(request: Request, as_json: bool) -> int:
         raise ValueError("--json: is for one question. Add --text, --image or --audio.")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        # What a script starts in the background, a session in tmux perhaps, would ignore Ctrl-C.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         print(f"Loading {request.model.name} ...", flush=True)
     from train.responder import Responder
     from train.terminal import Session

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -236,6 +237,12 @@ def test_paths_are_read_as_people_type_and_drop_them(files, monkeypatch):
         assert read_media(text) == []
 
 
+def _take_terminal() -> None:
+    # Tests that a script has started in the background ignore Ctrl-C, and so would what they start.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """The command on a pseudo-terminal, and all that it has shown."""
 
@@ -250,7 +257,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
         )
         os.close(slave)
         self.shown = ""
