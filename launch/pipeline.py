@@ -26,9 +26,7 @@ from launch.summary import markdown, summarize, table
 from train.compose import readable_errors
 from train.first_weights import is_random
 from train.sinks import format_seconds
-
-EXIT_STOPPED = 75
-"""Exit status of a pipeline that was asked to end (sysexits' "try again later"), as of its stages."""
+from train.stopping import EXIT_STOPPED
 
 POLL_SECONDS = 0.2
 SAVE_SECONDS = 5.0

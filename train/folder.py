@@ -18,6 +18,7 @@ FREE = (
     "zero",
     "train.micro_batch_packs",
     "train.max_skipped_steps",
+    "train.max_minutes",
     "data.max_bad_share",
     "data.workers",
     "data.prefetch",
