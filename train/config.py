@@ -169,7 +169,8 @@ class TrainConfig:
     """Length and batch of a run. Without `steps` and `epochs` it is one epoch of the mixture.
 
     `stage_steps` are steps by stage, for a config that serves several; `steps` or `epochs` replace them.
-    After `max_minutes`, counted from the start of the process, the run saves and ends, to go on later.
+    After `max_minutes`, counted from the start of the process, the run saves and ends, to go on later. A
+    rank that makes no progress for `hang_seconds` says what it was at and ends (null: it may wait for ever).
     """
 
     steps: int | None = None
@@ -180,6 +181,7 @@ class TrainConfig:
     loss: LossNorm = LossNorm.token
     max_skipped_steps: int = 10
     max_minutes: float | None = None
+    hang_seconds: float | None = 1800.0
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""

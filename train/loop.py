@@ -24,6 +24,7 @@ from train.schedule import lr_factor
 from train.sinks import Sink
 from train.stage import versions
 from train.stopping import StopRequests, reason_of
+from train.watchdog import Watchdog
 
 Evaluate = Callable[[int], "dict[str, Any] | None"]
 """Evaluates after a step on held-out samples, where there are any."""
@@ -58,6 +59,7 @@ class Training:
     evaluate: Evaluate
     total_steps: int
     stopping: StopRequests
+    watchdog: Watchdog
     quarantined: list[Dropped] = field(default_factory=list)
     step: int = 0
     skipped_in_a_row: int = 0
@@ -104,8 +106,10 @@ def _steps(run: Training) -> Iterator[StepBatches]:
     if run.step >= run.total_steps:
         return
     for work in run.loader:
+        run.watchdog.begin(work)
         run.meters.waited(work.wait_seconds)
         yield work
+        run.watchdog.sign("waiting for data")
 
 
 def count(run: Training, work: StepBatches) -> Totals:

@@ -31,6 +31,7 @@ from train.model.omni import meta_model
 from train.model.stand_in import MODEL_OF
 from train.sinks import Sink, SinkRun, build_sinks, keep_until
 from train.stopping import EXIT_STOPPED, StopRequests
+from train.watchdog import Watchdog
 from train.weights import FirstWeightsReader
 
 
@@ -79,8 +80,10 @@ def _run(
         evaluate=HeldOut(config, engine, held_out, answered, encoder, folder.path / "eval"),
         total_steps=total_steps,
         stopping=stopping,
+        watchdog=Watchdog(config.train.hang_seconds, engine.rank, folder.hangs),
         quarantined=tables.quarantined + held_out.quarantined,
     )
+    engine.sign = training.watchdog.sign
     beginning = _begin(training, planner, first, beginnings)
     write_ledger(training)
     if engine.is_main:
@@ -121,6 +124,8 @@ def _train_or_exit(training: Training) -> Path:
         _close(training)
         print(error)
         sys.exit(EXIT_STOPPED)
+    finally:
+        training.watchdog.stop()
 
 
 def _close(training: Training) -> None:
