@@ -50,6 +50,7 @@ MODULE_COMMANDS = (
     "train.chat",
     "train.evaluate",
     "train.export",
+    "train.replay",
 )
 
 
