@@ -299,6 +299,8 @@ class DeepSpeedEngine(Engine):
             return [math.inf for _ in found] if self._stage3 else math.inf
 
         setattr(self.zero, name, judge)
+        # All that a scale of 1 does with the verdict is to log that gradients are not finite.
+        self.zero.loss_scaler.update_scale = lambda overflow: None
 
     def forward(self, batch):  # noqa: D102
         self.sign("a forward pass")
