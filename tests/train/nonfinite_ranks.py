@@ -1,5 +1,5 @@
 """Run on every rank by test_nonfinite.py, on a real engine: a good step, one poisoned on one rank, one
-above its limit, and that once more without a limit."""
+above its limit, and that once more without a limit; then back to a checkpoint after a further step."""
 
 import json
 import math
@@ -13,10 +13,12 @@ from data.collate import collate
 from data.sample import IGNORE, EncodedSample
 from tests.train.launching import SMALL
 from tests.train.test_compose import config_of
-from train.checkpoint import copy_weights
+from train.checkpoint import copy_weights, save_checkpoint
 from train.engine import build_engine, start_engine
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model
+from train.rollback import roll_back
+from train.spikes import GradientNorms
 
 
 def sample(number: int, *, poisoned: bool) -> EncodedSample:
@@ -75,8 +77,35 @@ def main(zero: str, precision: str, out: str) -> None:
                 "counted": engine.optimizer_steps() - steps_before,
             }
         )
+    results.append(go_back(engine, Path(out), lambda: update(engine, config, 90)))
     Path(f"{out}.{engine.rank}").write_text(json.dumps(results))
     engine.close()
+
+
+def update(engine, config, number: int) -> list[float]:
+    """Makes an update and returns its loss and norm."""
+    batch = collate([[sample(number + engine.rank, poisoned=False)]], 256, config.media, 0, "token")
+    with engine.micro_batch(last=True):
+        loss, _ = engine.forward(batch)
+        engine.backward(loss / 80)
+    return [float(loss.detach()), engine.step().grad_norm]
+
+
+def go_back(engine, folder: Path, make_update) -> dict:
+    """Saves, goes on, goes back and on again: the same, on an engine that is at work."""
+    save_checkpoint(engine, folder, 4, {"gradient_norms": [1.0, 2.0]}, keep=1)
+    saved = held(engine)
+    first = make_update()
+    norms = GradientNorms(None)
+    found = roll_back(engine, folder, 5, norms)
+    after = held(engine)
+    same = saved.keys() == after.keys() and all(torch.equal(saved[name], after[name]) for name in saved)
+    return {
+        "found": found is not None and roll_back(engine, folder, 4, norms) is None,
+        "same": same and list(norms.applied) == [1.0, 2.0],
+        "counted": engine.optimizer_steps(),
+        "again": make_update() == first,
+    }
 
 
 if __name__ == "__main__":

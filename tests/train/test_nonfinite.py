@@ -19,7 +19,7 @@ def test_a_nan_on_one_rank_or_a_norm_above_its_limit_changes_nothing_on_any(tmp_
     files = [tmp_path / f"out.{rank}" for rank in (0, 1)]
     assert all(file.is_file() for file in files), done.stderr[-3000:]
     for file in files:
-        first, poisoned, above, last = json.loads(file.read_text())
+        first, poisoned, above, last, back = json.loads(file.read_text())
         for good in (first, last):
             assert good["applied"] and good["finite_norm"] and good["counted"] == 1
             assert not good["same_weights"]
@@ -27,6 +27,7 @@ def test_a_nan_on_one_rank_or_a_norm_above_its_limit_changes_nothing_on_any(tmp_
             assert not bad["applied"] and bad["unchanged"] and bad["counted"] == 0
         assert not poisoned["finite_norm"] and above["finite_norm"]
         assert above["norms"] == last["norms"]  # nothing of the skipped gradient stayed behind
+        assert back == {"found": True, "same": True, "counted": 2, "again": True}
 
 
 def test_a_run_keeps_the_samples_and_stops_after_too_many_skipped_steps(tmp_path, text_shards):
