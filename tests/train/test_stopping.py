@@ -60,6 +60,7 @@ def test_sigusr1_then_the_time_limit_save_and_the_run_goes_on(tmp_path, text_sha
     assert steps == [*range(1, saved + 1)] and all("held_out" in record for record in again.records)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_of_them_with_the_same_checkpoint(tmp_path, text_shards):
     folder = tmp_path / "run"
     process = start(folder, (*WORDS, f"data.path={text_shards}", "zero=zero2"), processes=2)
