@@ -154,13 +154,13 @@ class MicroBatches(Dataset):
 
 
 def start_worker(_worker_id: int) -> None:
-    """Makes a worker deaf to SIGINT and SIGTERM: the rank answers them, and still needs its batches.
+    """Makes a worker deaf to requests to end, which SLURM sends to all processes: the rank answers them.
 
     It ends with its rank, even with one that was killed: torch looks for the process it was forked
     from, which is not the rank but the forkserver.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_rank, name="end-with-rank", daemon=True).start()
 
 

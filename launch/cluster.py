@@ -25,8 +25,9 @@ class ClusterConfig:
     """A SLURM cluster. The files of configs/cluster explain the keys.
 
     `ranks_per_node` None is one for each GPU, or one on a node without. `save_seconds` is how long before
-    the time limit the ranks are asked to save and end; `retries` how often ranks that failed are started
-    again within one job. `python` is the command that starts it on a node; None is the one that submits.
+    the time limit the ranks are asked to save and end. Ranks that fail are started again within the job,
+    until `retries` + 1 starts in a row have brought no new checkpoint. `python` is the command that starts
+    it on a node; None is the one that submits.
     """
 
     partition: str | None = None
@@ -36,7 +37,7 @@ class ClusterConfig:
     ranks_per_node: int | None = None
     cpus_per_rank: int = 8
     save_seconds: int = 300
-    retries: int = 3
+    retries: int = 2
     python: str | None = None
     setup: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
@@ -90,8 +91,10 @@ def load_cluster(name: str, words: list[str]) -> ClusterConfig:
                 for key in strange
             )
         )
+    # YAML 1.1 would read 1:00:00 as a number of seconds.
+    quoted = [re.sub(rf"^(\w+)=({TIME})$", r"\1='\2'", word) for word in words]
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), given, OmegaConf.from_dotlist(words))
+        merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), given, OmegaConf.from_dotlist(quoted))
         cluster = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(

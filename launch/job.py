@@ -57,17 +57,22 @@ status=$?
 [ $stop ] && requeue
 [ $status = 0 ] || exit 1
 
-for attempt in {attempts}; do
+# Ranks that fail are started again, with {retries} failures in a row that brought no new checkpoint at most.
+newest() {{ find {run}/checkpoints -path '*/step-*/manifest.json' 2>/dev/null | sort | tail -n 1; }}
+wasted=0
+while [ $wasted -le {retries} ]; do
+  found=$(newest)
   on_every_rank {patience} {folder} {python} {code}/train.py \
     {words}
   status=$?
   case $status in
     0) exit 0 ;;                  # complete
     75 | 138 | 143) requeue ;;    # asked to end: saved, or not even begun
-    2) exit 2 ;;                  # a mistake that no other try mends
+    2) exit 2 ;;                  # a mistake that no other start mends
   esac
   [ $stop ] && requeue
-  echo "$(date '+%F %T')  attempt $attempt of {last} ended with exit status $status"
+  echo "$(date '+%F %T')  the ranks ended with exit status $status"
+  if [ "$(newest)" = "$found" ]; then wasted=$((wasted + 1)); else wasted=0; fi
 done
 exit 1
 """
@@ -89,7 +94,6 @@ class Job:
 
 def batch_script(job: Job, cluster: ClusterConfig, python: str) -> str:
     """Returns the text of a job's script."""
-    attempts = range(1, cluster.retries + 2)
     return SCRIPT.format(
         title=job.title,
         options="\n".join(f"#SBATCH {option}" for option in _options(job, cluster)),
@@ -106,8 +110,7 @@ def batch_script(job: Job, cluster: ClusterConfig, python: str) -> str:
         save=cluster.save_seconds,
         patience=PATIENCE_SECONDS,
         preflight_patience=PREFLIGHT_PATIENCE_SECONDS,
-        attempts=" ".join(map(str, attempts)),
-        last=attempts[-1],
+        retries=cluster.retries,
     )
 
 

@@ -181,9 +181,9 @@ def check_order(order: Order) -> Submission:
 
 def _check_pipeline(order: Order, pipeline: str) -> Submission:
     for word in order.words:
-        if word.startswith(("accelerate=", "processes=")):
+        if word.startswith(("accelerate=", "processes=", "retries=")):
             raise ValueError(
-                f"{word}: SLURM starts the ranks. Leave it out; the cluster's file says how many."
+                f"{word}: is for a pipeline without SLURM. Leave it out; the cluster's file has all."
             )
     request = read_request(pipeline, order.words)
     stages = compose_stages(request)

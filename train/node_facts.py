@@ -96,8 +96,8 @@ def marker(folder: Path, rank: int) -> Path:
 
 def _try_folder(folder: Path, rank: int) -> int:
     """Writes this rank's file; returns the free bytes of the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         marker(folder, rank).write_text("seen\n")
     except OSError as error:
         raise OSError(
