@@ -150,7 +150,7 @@ def named_nodes() -> Iterator[None]:
     try:
         yield
     finally:
-        HOSTS.write_text(HOSTS.read_text().replace(HOSTS_LINE, ""))
+        HOSTS.write_text(HOSTS.read_text().replace(HOSTS_LINE, "", 1))
 
 
 @contextmanager
