@@ -169,6 +169,8 @@ class TrainConfig:
     """Length and batch of a run. Without `steps` and `epochs` it is one epoch of the mixture.
 
     `stage_steps` are steps by stage, for a config that serves several; `steps` or `epochs` replace them.
+    After `max_minutes`, counted from the start of the process, the run saves and ends, to go on later. A
+    rank that makes no progress for `hang_seconds` says what it was at and ends (null: it may wait for ever).
     """
 
     steps: int | None = None
@@ -178,13 +180,22 @@ class TrainConfig:
     micro_batch_packs: int = 1
     loss: LossNorm = LossNorm.token
     max_skipped_steps: int = 10
+    max_minutes: float | None = None
+    hang_seconds: float | None = 1800.0
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
         found = []
         if self.steps is not None and self.epochs is not None:
             found.append(f"steps={self.steps}: train.epochs={self.epochs} is set too. Set one of them.")
-        for name in ("steps", "epochs", "packs_per_step", "micro_batch_packs", "max_skipped_steps"):
+        for name in (
+            "steps",
+            "epochs",
+            "packs_per_step",
+            "micro_batch_packs",
+            "max_skipped_steps",
+            "max_minutes",
+        ):
             value = getattr(self, name)
             if value is not None and not _positive(value):
                 found.append(f"{name}={value}: must be above 0.")

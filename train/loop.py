@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +23,15 @@ from train.meters import Meters
 from train.schedule import lr_factor
 from train.sinks import Sink
 from train.stage import versions
+from train.stopping import StopRequests, reason_of
+from train.watchdog import Watchdog
 
 Evaluate = Callable[[int], "dict[str, Any] | None"]
 """Evaluates after a step on held-out samples, where there are any."""
 
 
 class Preempted(Exception):
-    """The run was asked to end (SIGTERM); its state is saved."""
+    """The run was asked to end (a signal, or its time limit); its state is saved."""
 
 
 @dataclass(slots=True)
@@ -57,13 +58,14 @@ class Training:
     folder: RunFolder
     evaluate: Evaluate
     total_steps: int
+    stopping: StopRequests
+    watchdog: Watchdog
     quarantined: list[Dropped] = field(default_factory=list)
     step: int = 0
     skipped_in_a_row: int = 0
     good: int = 0
     bad: int = 0
     sinks: list[Sink] = field(default_factory=list)
-    stop_asked: bool = False
     last_record: dict[str, Any] = field(default_factory=dict)
     record_due: bool = False
     parent_weights_digest: str | None = None
@@ -73,10 +75,10 @@ def train(run: Training) -> Path:
     """Runs from `run.step` to `run.total_steps` and returns the last checkpoint.
 
     Raises:
-        Preempted: after SIGTERM, with a checkpoint of the last finished step.
+        Preempted: after a request to end, with a checkpoint of the last finished step.
         ValueError, RuntimeError: too many bad samples, or too many steps in a row that had to be skipped.
     """
-    _listen_for_sigterm(run)
+    run.stopping.training = True
     checkpoint = run.folder.checkpoints / f"step-{run.step:08d}"
     run.meters.start()
     if run.record_due:
@@ -85,16 +87,16 @@ def train(run: Training) -> Path:
         totals = count(run, work)
         result = train_step(run, work, totals)
         run.step = work.step
-        # Asked after the update, so that a SIGTERM costs no further step before the save.
-        stop = run.engine.sum_over_ranks([float(run.stop_asked)])[0] > 0
-        due = Due.at(run, stop)
+        # Asked after the update, so that a signal costs no further step before the save.
+        stop = reason_of(run.engine.sum_over_ranks(run.stopping.flags()))
+        due = Due.at(run, stop=bool(stop))
         if due.log:
             run.last_record = _measure(run, work, result)
         if due.save:  # before an evaluation, so that an end during that loses no step
             checkpoint = _save(run, work)
-        if due.log:
-            _write_record(run, evaluate=due.evaluate)
-        _check_stop_rules(run, stop)
+        if due.log and not (stop and due.evaluate and run.step < run.total_steps):
+            _write_record(run, evaluate=due.evaluate)  # else the next start does it: there is no time now
+        _check_stop_rules(run, stop, checkpoint)
         if run.step == run.total_steps:
             break
     return checkpoint
@@ -104,8 +106,10 @@ def _steps(run: Training) -> Iterator[StepBatches]:
     if run.step >= run.total_steps:
         return
     for work in run.loader:
+        run.watchdog.begin(work)
         run.meters.waited(work.wait_seconds)
         yield work
+        run.watchdog.sign("waiting for data")
 
 
 def count(run: Training, work: StepBatches) -> Totals:
@@ -263,9 +267,12 @@ def write_ledger(run: Training) -> Ledger:
     return merged
 
 
-def _check_stop_rules(run: Training, stop: bool) -> None:
+def _check_stop_rules(run: Training, stop: str, checkpoint: Path) -> None:
     if stop and run.step < run.total_steps:
-        raise Preempted(f"step {run.step}: asked to stop; saved. Start the same command again to go on.")
+        raise Preempted(
+            f"step {run.step}: asked to stop; saved in {checkpoint} ({stop}). "
+            "Start the same command again to go on."
+        )
     if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
         raise RuntimeError(
             f"step {run.step}: {run.skipped_in_a_row} steps in a row had a loss or gradient that is not "
@@ -276,10 +283,3 @@ def _check_stop_rules(run: Training, stop: bool) -> None:
     except ValueError:  # on all ranks alike, since the sums are those of all
         write_ledger(run)
         raise
-
-
-def _listen_for_sigterm(run: Training) -> None:
-    def ask(*_: object) -> None:
-        run.stop_asked = True
-
-    signal.signal(signal.SIGTERM, ask)

@@ -30,10 +30,9 @@ from train.model.initial import RandomWeights
 from train.model.omni import meta_model
 from train.model.stand_in import MODEL_OF
 from train.sinks import Sink, SinkRun, build_sinks, keep_until
+from train.stopping import EXIT_STOPPED, StopRequests
+from train.watchdog import Watchdog
 from train.weights import FirstWeightsReader
-
-EXIT_PREEMPTED = 75
-"""Exit status of a run that was asked to end and saved its state (sysexits' "try again later")."""
 
 
 def run(config: RunConfig) -> None:
@@ -43,13 +42,17 @@ def run(config: RunConfig) -> None:
     if folder.is_complete:
         print(f"run={folder.path}: already complete. Its result is in {folder.final}.")
         return
+    stopping = StopRequests(config.train.max_minutes)
+    stopping.listen()
     first = open_first_weights(config)
     accelerator = start_engine(config)
     with readable_errors(every_rank=True):
-        _run(config, folder, first, accelerator)
+        _run(config, folder, first, accelerator, stopping)
 
 
-def _run(config: RunConfig, folder: RunFolder, first: FirstWeights, accelerator) -> None:
+def _run(
+    config: RunConfig, folder: RunFolder, first: FirstWeights, accelerator, stopping: StopRequests
+) -> None:
     started = time.time()
     torch.manual_seed(config.seed)
     model = meta_model(config.model, config.media, MODEL_OF[config.objective.value])
@@ -76,8 +79,11 @@ def _run(config: RunConfig, folder: RunFolder, first: FirstWeights, accelerator)
         folder=folder,
         evaluate=HeldOut(config, engine, held_out, answered, encoder, folder.path / "eval"),
         total_steps=total_steps,
+        stopping=stopping,
+        watchdog=Watchdog(config.train.hang_seconds, engine.rank, folder.hangs),
         quarantined=tables.quarantined + held_out.quarantined,
     )
+    engine.sign = training.watchdog.sign
     beginning = _begin(training, planner, first, beginnings)
     write_ledger(training)
     if engine.is_main:
@@ -117,7 +123,9 @@ def _train_or_exit(training: Training) -> Path:
     except Preempted as error:
         _close(training)
         print(error)
-        sys.exit(EXIT_PREEMPTED)
+        sys.exit(EXIT_STOPPED)
+    finally:
+        training.watchdog.stop()
 
 
 def _close(training: Training) -> None:
