@@ -39,6 +39,7 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.skipped = self.path / "skipped.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.ledger = self.path / "ledger.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
