@@ -7,6 +7,10 @@ import pytest
 from tests.records import KINDS, prepare, write_records
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-tables", action="store_true", help="write what was measured into docs/")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not _has_cuda():

@@ -42,6 +42,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.skipped = self.path / "skipped.jsonl"
         self.hangs = self.path / "hangs"
+        self.samples = self.path / "samples.jsonl"
         self.ledger = self.path / "ledger.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
