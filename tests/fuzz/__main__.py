@@ -113,7 +113,9 @@ def describe(report: Report) -> str:
     for violation in report.violations:
         lines.append(f"VIOLATION {violation['kind']} case {violation['case']} ({violation['way']})")
         lines += [f"  {line}" for broken in violation["broken"] for line in broken.splitlines()]
-    lines.append(f"{sum(c.total() for c in report.outcomes.values())} cases, {len(report.violations)} violations")
+    lines.append(
+        f"{sum(c.total() for c in report.outcomes.values())} cases, {len(report.violations)} violations"
+    )
     return "\n".join(lines)
 
 

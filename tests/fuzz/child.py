@@ -9,6 +9,8 @@ import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
+
 from tests.fuzz.cases import Case, make_case
 from tests.fuzz.laws import Loaded, load, violations
 
@@ -27,6 +29,7 @@ def serve(connection: Connection, root: str, clean: dict[str, str], seed: int, l
     sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 - for as long as the process lives
     sys.stdout = sys.stderr
     os.dup2(sys.stderr.fileno(), 2)
+    torch.set_num_threads(1)
     expected = load(clean).delivered
     _limit()
     while (asked := connection.recv()) is not None:

@@ -113,7 +113,15 @@ def seal(block: bytearray, size: int | None = None) -> bytes:
 
 
 SIZES = (0, 1, 511, 4096, 10**6, 8**11 - 1, 2**40, 2**63, -1, -512, -(2**40))
-NAMES = (b"../../x.jpg", b"/etc/passwd.txt", b"nothing", b"a.b/../c.json", b"\xff\xfe.jpg", b"x" * 99, b".json")
+NAMES = (
+    b"../../x.jpg",
+    b"/etc/passwd.txt",
+    b"nothing",
+    b"a.b/../c.json",
+    b"\xff\xfe.jpg",
+    b"x" * 99,
+    b".json",
+)
 TYPES = b"1234567SLKxg\0Z"
 
 
@@ -172,7 +180,13 @@ def medium(data: bytes, other: bytes, draw: Random) -> Damaged:
     if draw.random() < 0.35 and (lied := _lie_in_medium(data, draw)) is not None:
         return lied
     if draw.random() < 0.15:
-        foreign = {"empty": b"", "other": other, "both": data + other, "twice": data * 2, "html": b"<html>" * 50}
+        foreign = {
+            "empty": b"",
+            "other": other,
+            "both": data + other,
+            "twice": data * 2,
+            "html": b"<html>" * 50,
+        }
         way = draw.choice(list(foreign))
         return Damaged(foreign[way], [(0, END)], 0, way)
     damaged = damage(data, draw, ANY_SIZE)
@@ -199,7 +213,9 @@ def _lie_in_medium(data: bytes, draw: Random) -> Damaged | None:
     elif data[8:12] == b"WEBP":
         struct.pack_into("<I", changed, draw.choice((4, 16, 26)), draw.choice((0, 9, 2**14 - 1, 2**32 - 1)))
     elif data[:4] == b"RIFF":
-        place, form = draw.choice(((4, "<I"), (16, "<I"), (20, "<H"), (22, "<H"), (24, "<I"), (34, "<H"), (40, "<I")))
+        place, form = draw.choice(
+            ((4, "<I"), (16, "<I"), (20, "<H"), (22, "<H"), (24, "<I"), (34, "<H"), (40, "<I"))
+        )
         struct.pack_into(form, changed, place, draw.choice((0, 1, 3, 9, 250, 65_535)))
     elif data[:4] == b"fLaC":  # rate, channels, bits and number of samples in 8 bytes
         changed[18:26] = draw.randbytes(8)
@@ -217,7 +233,13 @@ def _lie_in_medium(data: bytes, draw: Random) -> Damaged | None:
 
 VALUES = (
     *(None, True, 0, -1, 1e308, float("nan"), 10**400, "", " ", "\0", "\ud800", "<image>", "<audio><image>"),
-    *("../../etc/passwd", "/etc/passwd", "https://example.org/a.jpg", "data:image/png;base64,AAAA", "data:,x"),
+    *(
+        "../../etc/passwd",
+        "/etc/passwd",
+        "https://example.org/a.jpg",
+        "data:image/png;base64,AAAA",
+        "data:,x",
+    ),
     *([], {}, [[]], [None], {"a": 1}, ["0.jpg"] * 3, "x" * 300_000, "é" * 150_000, "MANY", "DEEP", "DIGITS"),
 )
 """What any value in a record may become. Words in capitals are written out by `to_json`."""

@@ -111,9 +111,17 @@ def _media_between(batch: Batch, start: int, stop: int) -> list[torch.Tensor]:
 
 def violations(case: Case, clean: dict[tuple[str, str], list[str]], found: Loaded) -> list[str]:
     """Returns which laws the run broke, one line each."""
-    broken = [f"cause {entry.cause!r} is not in docs/data.md" for entry in found.ledger if entry.cause not in CAUSES]
-    broken += [f"blamed on memory: {entry.message}" for entry in found.ledger if "MemoryError" in entry.message]
-    broken += [f"{entry.source}/{entry.key} is clean, yet {entry.cause}" for entry in found.ledger if entry.source != case.source]
+    broken = [
+        f"cause {entry.cause!r} is not in docs/data.md" for entry in found.ledger if entry.cause not in CAUSES
+    ]
+    broken += [
+        f"blamed on memory: {entry.message}" for entry in found.ledger if "MemoryError" in entry.message
+    ]
+    broken += [
+        f"{entry.source}/{entry.key} is clean, yet {entry.cause}"
+        for entry in found.ledger
+        if entry.source != case.source
+    ]
     if found.refusal:
         return broken + ([] if case.may_refuse else [f"refused: {found.refusal}"])
     bad = {(entry.source, entry.key) for entry in found.ledger}
@@ -141,8 +149,11 @@ def _unaccounted(case: Case, found: Loaded) -> list[str]:
     """Returns what is said against rows that came neither as a sample nor into the ledger."""
     seen = Counter({identity: len(content) for identity, content in found.delivered.items()})
     seen.update((entry.source, entry.key) for entry in found.ledger)
-    broken = [f"row {source}/{key}: came {seen[source, key]} times, not {count}"
-              for (source, key), count in found.rows.items() if seen[source, key] != count]
+    broken = [
+        f"row {source}/{key}: came {seen[source, key]} times, not {count}"
+        for (source, key), count in found.rows.items()
+        if seen[source, key] != count
+    ]
     num_rows = sum(count for (source, _), count in found.rows.items() if source == case.source)
     if case.rows is not None and num_rows != case.rows:
         broken.append(f"{num_rows} rows for {case.rows} records")

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,12 @@ class Span:
 
 def build(root: Path) -> dict[str, str]:
     """Writes the clean sources below `root`; returns their folders by name."""
-    _write_chat(root)
     _write_shard(root / "captions/shard-000000.tar", _captions())
     _write_shard(root / "speech/shard-000000.tar", _speech())
-    for name in ("captions", "speech"):
-        index_shards([str(root / name / "shard-000000.tar")], FORMATS[name], LIMITS, workers=1)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        _write_chat(root)
+        for name in ("captions", "speech"):
+            index_shards([str(root / name / "shard-000000.tar")], FORMATS[name], LIMITS, workers=1)
     return {name: str(root / name) for name in FORMATS}
 
 
@@ -68,9 +70,21 @@ def _write_chat(root: Path) -> None:
 
 def prepare_records(file: Path, out: Path, format: str) -> int:
     """Runs `data.prepare` on a file of records, whose media lie beside the clean ones."""
-    command = [str(file), "--format", format, "--out", str(out), "--workers", "1", "--samples-per-shard", "10"]
+    command = [
+        str(file),
+        "--format",
+        format,
+        "--out",
+        str(out),
+        "--workers",
+        "1",
+        "--samples-per-shard",
+        "10",
+    ]
     limits = ["image_pixels", "audio_seconds", "text_bytes", "parts"]
-    return prepare(command + [word for name in limits for word in ("--limit", f"{name}={getattr(LIMITS, name)}")])
+    return prepare(
+        command + [word for name in limits for word in ("--limit", f"{name}={getattr(LIMITS, name)}")]
+    )
 
 
 def clip_bytes(ending: str, seconds: float) -> bytes:
@@ -106,7 +120,9 @@ def _speech() -> list[tuple[str, bytes]]:
     members = []
     for number, ending in enumerate(["wav", *CLIPS, *CLIPS]):
         members.append((f"s{number}.{ending}", clip_bytes(ending, 0.3 + 0.03 * number)))
-        members.append((f"s{number}.json", json.dumps({"text": f"words {number}", "language": "en"}).encode()))
+        members.append(
+            (f"s{number}.json", json.dumps({"text": f"words {number}", "language": "en"}).encode())
+        )
     return members
 
 
