@@ -5,6 +5,7 @@ So what cannot be decoded is known before training. Decoding runs in worker proc
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -331,6 +332,17 @@ def build_index(
 
 
 def _write(table: pa.Table, path: str, mode: int) -> None:
+    try:
+        _write_whole(table, path, mode)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise RuntimeError(
+            f"{path}: cannot be written ({reason}). Free some space, or get the right to write there, "
+            f"and run again: what is indexed already stays."
+        ) from error
+
+
+def _write_whole(table: pa.Table, path: str, mode: int) -> None:
     # A name of its own, so that two processes that index the same shard do not collide.
     descriptor, unfinished = tempfile.mkstemp(
         prefix=f"{os.path.basename(path)}.", suffix=".part", dir=os.path.dirname(path) or "."

@@ -375,10 +375,10 @@ def test_footer_of_an_index_that_says_nonsense_is_refused(two_shards):
         {**footer, "ends": None},
     ):
         pq.write_table(table.replace_schema_metadata({"shard": json.dumps(said)}), path)
-        with pytest.raises(ValueError, match="Run `python -m data.index"):
+        with pytest.raises(ValueError, match=r"Run `python -m data\.index"):
             load_folder(two_shards)
     pq.write_table(table.rename_columns(["k", *table.column_names[1:]]), path)
-    with pytest.raises(ValueError, match="Run `python -m data.index"):
+    with pytest.raises(ValueError, match=r"Run `python -m data\.index"):
         load_folder(two_shards)
 
 
