@@ -5,6 +5,7 @@ So what cannot be decoded is known before training. Decoding runs in worker proc
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypedDict
+from typing import BinaryIO, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +41,9 @@ INDEX_VERSION = 2
 """Raised when the columns or their meaning change; other versions must be indexed again."""
 
 INDEX_SUFFIX = ".index.parquet"
+
+HEADER_BYTES = 2**20
+"""What one header of a tar may be long, names and extended headers included."""
 
 END_BYTES = 64 * 2**10
 """How much of each end of a tar is compared where its time has changed since it was indexed."""
@@ -96,12 +100,14 @@ def scan_shard(path: str, limits: LimitsConfig) -> list[Group]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
                 whole = _collect(tar, size, groups)
-                file.seek(tar.offset)
-                # tarfile ends quietly at a damaged header; only a block of zeros is a real end.
-                problem = "" if whole and file.read(512) == bytes(512) else "no end mark"
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+                # tarfile ends quietly at a damaged header; only zeros up to the last byte are a real end.
+                problem = "" if whole and _ends_in_zeros(file, tar.offset) else "no end mark"
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            # tarfile raises much for hostile headers: RecursionError, IndexError, ...
             problem = str(error)
     for group in groups:
         if len(group.members) > limits.parts:
@@ -117,10 +123,33 @@ def scan_shard(path: str, limits: LimitsConfig) -> list[Group]:
     return groups
 
 
+class _Headers:
+    """A tar as tarfile may read it: header by header, none of them longer than `HEADER_BYTES`."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Returns the next bytes, unless a header asks for too many or for less than none."""
+        if not 0 <= size <= HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
+def _ends_in_zeros(file: BinaryIO, place: int) -> bool:
+    file.seek(place)
+    blocks = iter(lambda: file.read(2**20), b"")
+    first = next(blocks, b"")
+    return len(first) >= 512 and not any(first) and not any(any(block) for block in blocks)
+
+
 def _collect(tar: tarfile.TarFile, size: int, groups: list[Group]) -> bool:
     """Adds every member to its group; returns False where one reaches beyond the end of the file."""
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # or tarfile would keep all headers of the shard
+        if member.size < 0 or tar.offset <= member.offset:
+            return False  # some versions of tarfile would read the same header for ever
         if not member.isreg() or member.issparse():
             continue
         if member.offset_data + member.size > size:
@@ -171,9 +200,14 @@ def _measure(descriptor: int, group: Group, layout: str, limits: LimitsConfig, t
         key=group.key, members=members, images=[], audios=[], digest="", tags=[], cause=None, message=None
     )
     content = hashlib.sha256()
+    most = 2 * max(limits.text_bytes, limits.image_bytes, limits.audio_bytes)  # media may stand in the json
 
     def read(name: str) -> bytes:
         offset, size = group.members[name]
+        if size > most:
+            raise SampleError(
+                f"{name} has {size} bytes, more than data.limits allows", cause="text_too_large"
+            )
         data = os.pread(descriptor, size, offset)
         content.update(data)
         return data
@@ -184,6 +218,9 @@ def _measure(descriptor: int, group: Group, layout: str, limits: LimitsConfig, t
         row["cause"], row["message"] = _writable(error.cause), _writable(str(error))[:MESSAGE_CHARS]
     except OSError:
         raise  # the disk's affair: decoders' errors come as SampleError
+    except MemoryError as error:
+        advice = "Use fewer --workers, or lower one of --limit."
+        raise RuntimeError(f"{group.key}: memory ran out at this sample. {advice}") from error
     except Exception as error:
         # The sample border: whatever hostile bytes provoke must not end the indexing.
         message = _writable(f"{type(error).__name__}: {error}")
@@ -206,8 +243,20 @@ def _fill(
             f"{len(media)} media, more than data.limits.parts={limits.parts}", cause="too_many_parts"
         )
     for name, part in media.items():
+        if name in group.members:
+            _check_bytes(name, part.kind, group.members[name][1], limits)
         data = sample.media[name] if name in sample.media else read(name)
         _measure_media(row, sample, part, data, limits)
+
+
+def _check_bytes(name: str, kind: str, size: int, limits: LimitsConfig) -> None:
+    """Refuses a medium before it is read into memory."""
+    most = limits.image_bytes if kind == "image" else limits.audio_bytes
+    if size > most:
+        raise SampleError(
+            f"{name}: it has {size} bytes, more than data.limits.{kind}_bytes={most}",
+            cause=f"{kind}_too_large",
+        )
 
 
 def _measure_media(row: Row, sample: Sample, part: Part, data: bytes, limits: LimitsConfig) -> None:
@@ -283,13 +332,24 @@ def build_index(
 
 
 def _write(table: pa.Table, path: str, mode: int) -> None:
+    try:
+        _write_whole(table, path, mode)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise RuntimeError(
+            f"{path}: cannot be written ({reason}). Free some space, or get the right to write there, "
+            f"and run again: what is indexed already stays."
+        ) from error
+
+
+def _write_whole(table: pa.Table, path: str, mode: int) -> None:
     # A name of its own, so that two processes that index the same shard do not collide.
     descriptor, unfinished = tempfile.mkstemp(
         prefix=f"{os.path.basename(path)}.", suffix=".part", dir=os.path.dirname(path) or "."
     )
     os.close(descriptor)
     try:
-        pq.write_table(table, unfinished, compression="zstd")
+        pq.write_table(table, unfinished, compression="zstd", write_page_checksum=True)
         os.chmod(unfinished, mode)
         os.replace(unfinished, path)
     except BaseException:

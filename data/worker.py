@@ -107,8 +107,8 @@ class MicroBatches(Dataset):
         except MemoryError:
             advice = "Use fewer data.workers, a smaller data.prefetch, or lower data.limits."
             return Loaded(None, f"{self.name(ref)}: memory ran out at this. {advice}")
-        except SampleError as error:  # `_load` lets through no other than a shard that is gone
-            return Loaded(None, f"{error}.")
+        except (SampleError, RuntimeError) as error:  # a shard or its index that is gone or has changed
+            return Loaded(None, f"{str(error).rstrip('.')}.")
         finally:
             self.progress.note(-1)
         return Loaded(collate(rows, **self.collate_options))
@@ -119,6 +119,8 @@ class MicroBatches(Dataset):
         return f"{ref.source}/{shard.name}/{shard.keys[ref.row]}"
 
     def _load(self, ref: SampleRef) -> EncodedSample | BlankSegment:
+        shard = self.folders[ref.source].shards[ref.shard]
+        key = shard.keys[ref.row]  # reads the index, whose damage is no sample's fault
         try:
             return self._encode(ref)
         except SampleError as error:
@@ -130,8 +132,7 @@ class MicroBatches(Dataset):
         except Exception as error:
             # The sample border: whatever a decoder throws at hostile bytes must not end the run.
             cause, message = "unexpected", f"{type(error).__name__}: {error}"
-        shard = self.folders[ref.source].shards[ref.shard]
-        info = Dropped(ref.source, shard.name, shard.keys[ref.row], cause, message)
+        info = Dropped(ref.source, shard.name, key, cause, message)
         return BlankSegment(ref.length, info)
 
     def _encode(self, ref: SampleRef) -> EncodedSample:

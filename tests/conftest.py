@@ -6,6 +6,10 @@ from tests.records import KINDS, prepare, write_records
 from tests.slurm.cluster import missing
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-tables", action="store_true", help="write what was measured into docs/")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not _has_cuda():

@@ -41,6 +41,7 @@ TORCH_FREE = {
     "train/request.py",
     "train/sampling.py",
     "train/sinks.py",
+    "train/stopping.py",
     "train/stored.py",
     "train/tensor_files.py",
     "train/model/shapes.py",
@@ -66,6 +67,7 @@ FOR_LAUNCH = (
     "train.parent",
     "train.first_weights",
     "train.sinks",
+    "train.stopping",
 )
 
 

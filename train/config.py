@@ -169,6 +169,8 @@ class TrainConfig:
     """Length and batch of a run. Without `steps` and `epochs` it is one epoch of the mixture.
 
     `stage_steps` are steps by stage, for a config that serves several; `steps` or `epochs` replace them.
+    After `max_minutes`, counted from the start of the process, the run saves and ends, to go on later. A
+    rank that makes no progress for `hang_seconds` says what it was at and ends (null: it may wait for ever).
     """
 
     steps: int | None = None
@@ -178,13 +180,22 @@ class TrainConfig:
     micro_batch_packs: int = 1
     loss: LossNorm = LossNorm.token
     max_skipped_steps: int = 10
+    max_minutes: float | None = None
+    hang_seconds: float | None = 1800.0
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
         found = []
         if self.steps is not None and self.epochs is not None:
             found.append(f"steps={self.steps}: train.epochs={self.epochs} is set too. Set one of them.")
-        for name in ("steps", "epochs", "packs_per_step", "micro_batch_packs", "max_skipped_steps"):
+        for name in (
+            "steps",
+            "epochs",
+            "packs_per_step",
+            "micro_batch_packs",
+            "max_skipped_steps",
+            "max_minutes",
+        ):
             value = getattr(self, name)
             if value is not None and not _positive(value):
                 found.append(f"{name}={value}: must be above 0.")
@@ -241,25 +252,36 @@ class EvalConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """How often to save and how many to keep."""
+    """How often to save, in steps, and what to keep: the last `keep`, and every one at a multiple of
+    `keep_every`. `background` writes while training goes on, from a copy in host memory."""
 
     every: int = 500
     keep: int = 2
+    keep_every: int | None = None
+    background: bool = True
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
-        return [
+        found = [
             f"{name}={getattr(self, name)}: must be at least 1."
-            for name in ("every", "keep")
-            if getattr(self, name) < 1
+            for name in ("every", "keep", "keep_every")
+            if getattr(self, name) is not None and getattr(self, name) < 1
         ]
+        if not found and self.keep_every and self.keep_every % self.every:
+            found.append(
+                f"keep_every={self.keep_every}: must be a multiple of checkpoint.every={self.every}. "
+                f"Use {-(-self.keep_every // self.every) * self.every}."
+            )
+        return found
 
 
 @dataclass(kw_only=True, slots=True)
 class LogConfig:
-    """What is shown. `peak_tflops` of one device is needed for MFU where it is not known by name."""
+    """What is shown. `peak_tflops` of one device is needed for MFU where it is not known by name;
+    `samples` writes the keys of every step's samples into `samples.jsonl`."""
 
     every: int = 10
+    samples: bool = False
     peak_tflops: float | None = None
     wandb: WandbMode = WandbMode.off
     wandb_project: str = "omni-trainer"

@@ -15,7 +15,7 @@ import os
 import socket
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -39,6 +39,8 @@ from train.fragments import (
 from train.optim import build_optimizer, group_module
 
 PATIENCE = timedelta(hours=12)
+MARGIN_SECONDS = 600.0
+"""How long after `train.hang_seconds` a collective ends by itself, so that the watchdog speaks first."""
 
 
 @dataclass(slots=True)
@@ -62,11 +64,14 @@ class Engine(ABC):
         several = self.world_size > 1
         # Small sums go through host memory, so that no device is waited for.
         on_device = several and dist.get_backend() != "gloo"
-        self._host_group: Any = dist.new_group(backend="gloo") if on_device else None
+        limit = collective_timeout(config)
+        self._host_group: Any = dist.new_group(backend="gloo", timeout=limit) if on_device else None
         # Counting tokens, saving and merging weights may take longer than any collective should.
         self._patient_group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
+        self.sign: Callable[[str], None] = lambda what: None
+        """Is told what begins that may wait for other ranks (train/watchdog.py)."""
 
     @property
     def is_main(self) -> bool:
@@ -118,6 +123,7 @@ class Engine(ABC):
         """Returns the element-wise sum over all ranks, through host memory: no device is waited for."""
         if self.world_size == 1:
             return values
+        self.sign("a sum over all ranks")
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self._host_group)
         return tensor.tolist()
@@ -125,6 +131,7 @@ class Engine(ABC):
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the sum of `tensor` over all ranks, in place."""
         if self.world_size > 1:
+            self.sign("a sum over all ranks")
             dist.all_reduce(tensor)
         return tensor
 
@@ -132,6 +139,7 @@ class Engine(ABC):
         """Returns every rank's `value`, on every rank. Slow: for errors and saves."""
         if self.world_size == 1:
             return [value]
+        self.sign("gathering from all ranks")
         values: list = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._patient_group)
         return values
@@ -148,6 +156,7 @@ class Engine(ABC):
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world_size > 1:
+            self.sign("waiting for all ranks")
             dist.barrier(group=self._patient_group)
 
     def close(self) -> None:
@@ -177,6 +186,7 @@ class DDPEngine(Engine):
         self.wrapped = accelerator.prepare_model(self.model) if self.world_size > 1 else self.model
 
     def forward(self, batch):  # noqa: D102
+        self.sign("a forward pass")
         module = self.wrapped if torch.is_grad_enabled() else self.model
         return self._autocast(module, batch)
 
@@ -191,9 +201,11 @@ class DDPEngine(Engine):
         return contextlib.nullcontext() if last else no_sync()
 
     def backward(self, loss):  # noqa: D102
+        self.sign("a backward pass")
         (loss * self.world_size).backward()
 
     def step(self):  # noqa: D102
+        self.sign("the update")
         groups = [[p.grad for p in group["params"]] for group in self.optimizer.param_groups]
         norms = torch.stack([_norm(grads) for grads in groups]).tolist()
         result = self._groups_to_modules(norms)
@@ -263,6 +275,7 @@ class DeepSpeedEngine(Engine):
         setattr(self.zero, name, listen)
 
     def forward(self, batch):  # noqa: D102
+        self.sign("a forward pass")
         return self.ds(batch)
 
     @contextlib.contextmanager
@@ -273,9 +286,11 @@ class DeepSpeedEngine(Engine):
             self.ds.step()  # only counts the micro-batch
 
     def backward(self, loss):  # noqa: D102
+        self.sign("a backward pass")
         self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self):  # noqa: D102
+        self.sign("the update")
         self._norms.clear()
         self.ds.step()
         result = self._groups_to_modules(self._group_norms())
@@ -343,20 +358,23 @@ def start_engine(config: RunConfig):
     if config.zero.stage == 0:
         # Set by `accelerate launch --use_deepspeed`; with it, plain DDP would want a plugin.
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 
     world_size = int(os.environ["WORLD_SIZE"])
     if found := refuse_world(config, world_size):
         raise ValueError("\n".join(found))
     plugin = _plugin(config, world_size) if config.zero.stage else None
+    limit = collective_timeout(config)
     if not torch.cuda.is_available():
-        PartialState(cpu=True)  # otherwise accelerate takes every CPU rank for a world of its own
+        PartialState(
+            cpu=True, timeout=limit
+        )  # otherwise accelerate takes every CPU rank for a world of its own
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     precision = "bf16" if config.precision is Precision.bf16 and plugin else "no"
     return Accelerator(
         deepspeed_plugin=plugin,
         mixed_precision=precision,
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=limit)],
         gradient_accumulation_steps=accumulation(config, world_size),
     )
 
@@ -380,6 +398,12 @@ def build_engine(config: RunConfig, accelerator, model: nn.Module) -> DDPEngine 
     Its weights have no values yet: `train.checkpoint.copy_weights` or `restore_checkpoint` fills them.
     """
     return (DeepSpeedEngine if config.zero.stage else DDPEngine)(config, accelerator, model)
+
+
+def collective_timeout(config: RunConfig) -> timedelta | None:
+    """Returns how long a collective may last; None is the library's own limit."""
+    seconds = config.train.hang_seconds
+    return None if seconds is None else timedelta(seconds=seconds + MARGIN_SECONDS)
 
 
 def accumulation(config: RunConfig, world_size: int) -> int:

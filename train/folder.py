@@ -18,6 +18,8 @@ FREE = (
     "zero",
     "train.micro_batch_packs",
     "train.max_skipped_steps",
+    "train.max_minutes",
+    "train.hang_seconds",
     "data.max_bad_share",
     "data.workers",
     "data.prefetch",
@@ -39,6 +41,8 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.skipped = self.path / "skipped.jsonl"
+        self.hangs = self.path / "hangs"
+        self.samples = self.path / "samples.jsonl"
         self.ledger = self.path / "ledger.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"

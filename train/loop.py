@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +13,25 @@ import torch
 from data.ledger import Ledger
 from data.loader import Loader, StepBatches
 from data.sample import Batch, Dropped
-from train.checkpoint import save_checkpoint
 from train.compose import to_yaml
 from train.config import RunConfig
 from train.engine import Engine, StepResult
 from train.flops import TOWER_PARTS, training_flops, work_of
 from train.folder import RunFolder
 from train.meters import Meters
+from train.saver import Saver
 from train.schedule import lr_factor
 from train.sinks import Sink
 from train.stage import versions
+from train.stopping import StopRequests, reason_of
+from train.watchdog import Watchdog
 
 Evaluate = Callable[[int], "dict[str, Any] | None"]
 """Evaluates after a step on held-out samples, where there are any."""
 
 
 class Preempted(Exception):
-    """The run was asked to end (SIGTERM); its state is saved."""
+    """The run was asked to end (a signal, or its time limit); its state is saved."""
 
 
 @dataclass(slots=True)
@@ -52,18 +53,20 @@ class Training:
     config: RunConfig
     engine: Engine
     loader: Loader
+    saver: Saver
     meters: Meters
     ledger: Ledger
     folder: RunFolder
     evaluate: Evaluate
     total_steps: int
+    stopping: StopRequests
+    watchdog: Watchdog
     quarantined: list[Dropped] = field(default_factory=list)
     step: int = 0
     skipped_in_a_row: int = 0
     good: int = 0
     bad: int = 0
     sinks: list[Sink] = field(default_factory=list)
-    stop_asked: bool = False
     last_record: dict[str, Any] = field(default_factory=dict)
     record_due: bool = False
     parent_weights_digest: str | None = None
@@ -73,10 +76,10 @@ def train(run: Training) -> Path:
     """Runs from `run.step` to `run.total_steps` and returns the last checkpoint.
 
     Raises:
-        Preempted: after SIGTERM, with a checkpoint of the last finished step.
+        Preempted: after a request to end, with a checkpoint of the last finished step.
         ValueError, RuntimeError: too many bad samples, or too many steps in a row that had to be skipped.
     """
-    _listen_for_sigterm(run)
+    run.stopping.training = True
     checkpoint = run.folder.checkpoints / f"step-{run.step:08d}"
     run.meters.start()
     if run.record_due:
@@ -85,16 +88,22 @@ def train(run: Training) -> Path:
         totals = count(run, work)
         result = train_step(run, work, totals)
         run.step = work.step
-        # Asked after the update, so that a SIGTERM costs no further step before the save.
-        stop = run.engine.sum_over_ranks([float(run.stop_asked)])[0] > 0
-        due = Due.at(run, stop)
+        # Asked after the update, so that a signal costs no further step before the save.
+        flags = run.engine.sum_over_ranks([*run.stopping.flags(), float(run.saver.is_written)])
+        stop = reason_of(flags[:-1])
+        if flags[-1] == run.engine.world_size:
+            with run.meters.saving():
+                run.saver.complete()
+        if run.config.log.samples:
+            _write_samples(run, work)
+        due = Due.at(run, stop=bool(stop))
         if due.log:
             run.last_record = _measure(run, work, result)
         if due.save:  # before an evaluation, so that an end during that loses no step
-            checkpoint = _save(run, work)
-        if due.log:
-            _write_record(run, evaluate=due.evaluate)
-        _check_stop_rules(run, stop)
+            checkpoint = _save(run, work, wait=bool(stop) or due.evaluate)
+        if due.log and not (stop and due.evaluate and run.step < run.total_steps):
+            _write_record(run, evaluate=due.evaluate)  # else the next start does it: there is no time now
+        _check_stop_rules(run, stop, checkpoint)
         if run.step == run.total_steps:
             break
     return checkpoint
@@ -104,8 +113,10 @@ def _steps(run: Training) -> Iterator[StepBatches]:
     if run.step >= run.total_steps:
         return
     for work in run.loader:
+        run.watchdog.begin(work)
         run.meters.waited(work.wait_seconds)
         yield work
+        run.watchdog.sign("waiting for data")
 
 
 def count(run: Training, work: StepBatches) -> Totals:
@@ -228,11 +239,22 @@ def _write_record(run: Training, *, evaluate: bool) -> None:
             held_out = run.evaluate(run.step)
         if held_out:
             run.last_record["held_out"] = held_out
+    run.last_record["save_seconds"] = run.meters.take_save_seconds()
     for sink in run.sinks:
         sink.write(run.last_record)
 
 
-def _save(run: Training, work: StepBatches) -> Path:
+def _write_samples(run: Training, work: StepBatches) -> None:
+    """Adds the keys of a step's samples, over all ranks, to `samples.jsonl`."""
+    mine = [f"{info.source}/{info.key}" for batch in work.batches for info in batch.samples]
+    named = sorted(key for keys in run.engine.gather_objects(mine) for key in keys)
+    if run.engine.is_main:
+        with run.folder.samples.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": work.step, "samples": named}, ensure_ascii=False) + "\n")
+
+
+def _save(run: Training, work: StepBatches, *, wait: bool) -> Path:
+    """Saves; without `wait` the checkpoint is complete some steps later."""
     ledger = write_ledger(run)
     state = {
         "step": run.step,
@@ -247,10 +269,11 @@ def _save(run: Training, work: StepBatches) -> Path:
         "config": to_yaml(run.config),
         "versions": versions(),
     }
-    with run.meters.paused():
-        return save_checkpoint(
-            run.engine, run.folder.checkpoints, run.step, state, run.config.checkpoint.keep
-        )
+    with run.meters.saving():
+        checkpoint = run.saver.save(run.step, state)
+        if wait:
+            run.saver.finish()
+    return checkpoint
 
 
 def write_ledger(run: Training) -> Ledger:
@@ -263,9 +286,12 @@ def write_ledger(run: Training) -> Ledger:
     return merged
 
 
-def _check_stop_rules(run: Training, stop: bool) -> None:
+def _check_stop_rules(run: Training, stop: str, checkpoint: Path) -> None:
     if stop and run.step < run.total_steps:
-        raise Preempted(f"step {run.step}: asked to stop; saved. Start the same command again to go on.")
+        raise Preempted(
+            f"step {run.step}: asked to stop; saved in {checkpoint} ({stop}). "
+            "Start the same command again to go on."
+        )
     if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
         raise RuntimeError(
             f"step {run.step}: {run.skipped_in_a_row} steps in a row had a loss or gradient that is not "
@@ -276,10 +302,3 @@ def _check_stop_rules(run: Training, stop: bool) -> None:
     except ValueError:  # on all ranks alike, since the sums are those of all
         write_ledger(run)
         raise
-
-
-def _listen_for_sigterm(run: Training) -> None:
-    def ask(*_: object) -> None:
-        run.stop_asked = True
-
-    signal.signal(signal.SIGTERM, ask)
