@@ -103,19 +103,28 @@ def rank_process(run: Path, rank: int) -> int:
     raise AssertionError("there is no such rank")
 
 
-def test_a_preempted_job_comes_back_and_a_cancelled_one_does_not(cluster, mixed_shards, tmp_path):
+def test_a_preempted_job_and_one_out_of_time_come_back_and_a_cancelled_one_does_not(
+    cluster, mixed_shards, tmp_path
+):
     run = tmp_path / "run"
-    job = start(cluster, run, mixed_shards, "zero=none", "train.steps=100000")
+    job = start(cluster, run, mixed_shards, "zero=none", "train.steps=100000", "data.workers=1")
     wait_for_step(cluster, run, 3)
     cluster.call("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
-    wait_for_state(cluster, job, "PENDING")
-    cluster.wait_until(lambda: "Goes on after step" in log_of(run), PATIENCE_SECONDS)
-    wait_for_step(cluster, run, records_of(run)[-1]["step"] + 2)
+    wait_for_another_start(cluster, run, 1)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)  # as SLURM does before the time limit
+    wait_for_another_start(cluster, run, 2)
     cluster.call("scancel", job)
     wait_for_state(cluster, job, "CANCELLED")
     cluster.wait_until(lambda: not cluster.call("squeue", "-h", "-j", job).strip(), PATIENCE_SECONDS)
+    assert log_of(run).count("back into the queue") == 2
     steps = [each["step"] for each in records_of(run)]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def wait_for_another_start(cluster, run: Path, count: int) -> None:
+    """Waits until a job has gone on so many times, and trains again."""
+    cluster.wait_until(lambda: log_of(run).count("Goes on after step") == count, PATIENCE_SECONDS)
+    wait_for_step(cluster, run, records_of(run)[-1]["step"] + 2)
 
 
 def test_a_mistake_is_refused_before_anything_is_submitted(cluster, mixed_shards, tmp_path):
