@@ -180,8 +180,14 @@ def check_nodes(place: Place, folder: Path, size_mib: float, seconds: float) -> 
 def _check_together(place: Place, report: Report, folder: Path, size_mib: float, seconds: float) -> None:
     meeting = Meeting(place, seconds)
     report.facts = [Facts(**each) for each in meeting.exchange("facts", asdict(report.facts[0]))]
-    if find_problems(report.facts):
-        return
+    if not find_problems(report.facts):
+        _check_between(meeting, report, folder, size_mib, seconds)
+    meeting.leave()
+
+
+def _check_between(meeting: Meeting, report: Report, folder: Path, size_mib: float, seconds: float) -> None:
+    """Checks what only ranks that are sound can check together: the shared folder and the wire."""
+    place = meeting.place
     unseen = meeting.exchange("unseen", _unseen(folder, place.world_size))
     report.problems += [
         f"{place.name(rank)}: does not see in {folder} what {place.name(missed[0])} wrote there. Share it."
@@ -190,7 +196,6 @@ def _check_together(place: Place, report: Report, folder: Path, size_mib: float,
     ]
     wire = measure(meeting.store, place.rank, place.world_size, size_mib, seconds)
     _add_wire(place, report, [Wire(**each) for each in meeting.exchange("wire", asdict(wire))], size_mib)
-    meeting.leave()
 
 
 def _unseen(folder: Path, world_size: int) -> list[int]:
@@ -204,7 +209,7 @@ def _unseen(folder: Path, world_size: int) -> list[int]:
 
 
 def _add_wire(place: Place, report: Report, wires: list[Wire], size_mib: float) -> None:
-    """Adds what the ranks measured together. A fault that is only another's makes all others wait in vain."""
+    """Adds what the ranks measured together."""
     report.problems += [f"{place.name(rank)}: {wire.fault}" for rank, wire in enumerate(wires) if wire.fault]
     for facts, wire in zip(report.facts, wires):
         facts.clock_seconds = round(wire.clock_seconds, 4)
