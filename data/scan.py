@@ -438,8 +438,8 @@ class MeasuringPool:
         except BrokenProcessPool:
             self._start_one(measure)
             row = _row(group)
-            row["cause"] = "decoder_died"
-            row["message"] = "the process that decoded it died, in a codec or for lack of memory"
+            message = "the process that decoded it died, in a codec or for lack of memory"
+            row["cause"], row["message"] = "decoder_died", message
             return [row]
 
     def close(self) -> None:
