@@ -206,11 +206,11 @@ def compose_pipeline(words: list[str]) -> list[Stage]:
 
 @pytest.fixture(scope="module")
 def known_options(copy):
-    """Every option of our commands, of the launcher, and those of Hydra that the pages name."""
-    found = {"--cfg", "--resolve", "--help"} | {"--use_deepspeed"}
+    """Every option of our commands, of the launcher, and those of Hydra and pytest that the pages name."""
+    found = {"--cfg", "--resolve", "--help"} | {"--use_deepspeed"} | {"--write-tables"}
     for action in launch_command_parser()._actions:
         found.update(action.option_strings)
-    for module in MODULE_COMMANDS:
+    for module in (*MODULE_COMMANDS, "tests.soak"):
         found.update(re.findall(r"--[a-z][a-z-]*", help_of(module)))
     return found
 
