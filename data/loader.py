@@ -10,7 +10,7 @@ import multiprocessing
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 from weakref import finalize
@@ -24,7 +24,7 @@ from data.encode import Encoder
 from data.geometry import MediaConfig
 from data.index import FolderIndex
 from data.plan import Planner, StepPlan
-from data.sample import Batch, SampleRef
+from data.sample import Batch, Pack, SampleRef
 from data.worker import Loaded, MicroBatches, Progress, WorkItem, start_worker
 
 LOOK_SECONDS = 5.0
@@ -35,9 +35,9 @@ LOOK_SECONDS = 5.0
 class StepBatches:
     """All micro-batches of one global step on this rank.
 
-    `planner_state` resumes after this step. Over all ranks: `epoch` and `drawn` are mixture epochs and
-    tokens per source since the run began, `fill` is the used share of this step's packs.
-    `wait_seconds` is how long the rank waited for its batches.
+    `packs` are what the micro-batches were made of. `planner_state` resumes after this step. Over all
+    ranks: `epoch` and `drawn` are mixture epochs and tokens per source since the run began, `fill` is the
+    used share of this step's packs. `wait_seconds` is how long the rank waited for its batches.
     """
 
     step: int
@@ -47,6 +47,7 @@ class StepBatches:
     drawn: dict[str, int]
     fill: float
     wait_seconds: float
+    packs: list[list[Pack]] = field(default_factory=list)
 
 
 class _Schedule(Sampler):
@@ -67,13 +68,13 @@ class _Schedule(Sampler):
         number = 0
         while (plan := self.planner.next_step()) is not None:
             mine = deal(plan.packs, self.world_size, self.micro_batch_packs)[self.rank]
-            self.steps.append((self._announce(plan), len(mine)))
+            self.steps.append((self._announce(plan, mine), len(mine)))
             for packs in mine:
                 self.items.append(WorkItem(number, packs))
                 number += 1
                 yield self.items[-1]
 
-    def _announce(self, plan: StepPlan) -> StepBatches:
+    def _announce(self, plan: StepPlan, mine: list[list[Pack]]) -> StepBatches:
         state = self.planner.state()
         drawn = {name: source["tokens"] for name, source in state["sources"].items()}
         filled = [pack.length for pack in plan.packs if pack.refs]
@@ -85,6 +86,7 @@ class _Schedule(Sampler):
             drawn=drawn,
             fill=sum(filled) / (len(filled) * self.length),
             wait_seconds=0.0,
+            packs=mine,
         )
 
 
@@ -110,6 +112,7 @@ class Loader:
         world_size: int = 1,
     ):
         length = config.pack.length
+        self.folders = folders
         self._config = config
         self._schedule = _Schedule(planner, rank, world_size, micro_batch_packs, length)
         self._progress = Progress(config.workers)

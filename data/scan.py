@@ -195,10 +195,7 @@ def measure_rows(
 
 
 def _measure(descriptor: int, group: Group, layout: str, limits: LimitsConfig, tags: tuple[str, ...]) -> Row:
-    members = [{"name": name, "offset": at, "size": size} for name, (at, size) in group.members.items()]
-    row = Row(
-        key=group.key, members=members, images=[], audios=[], digest="", tags=[], cause=None, message=None
-    )
+    row = _row(group)
     content = hashlib.sha256()
     most = 2 * max(limits.text_bytes, limits.image_bytes, limits.audio_bytes)  # media may stand in the json
 
@@ -227,6 +224,13 @@ def _measure(descriptor: int, group: Group, layout: str, limits: LimitsConfig, t
         row["cause"], row["message"] = "unexpected", message[:MESSAGE_CHARS]
     row["digest"] = content.hexdigest()
     return row
+
+
+def _row(group: Group) -> Row:
+    members = [{"name": name, "offset": at, "size": size} for name, (at, size) in group.members.items()]
+    return Row(
+        key=group.key, members=members, images=[], audios=[], digest="", tags=[], cause=None, message=None
+    )
 
 
 def _fill(
@@ -368,11 +372,7 @@ def _fingerprint(format: str, rows: list[Row]) -> str:
 def index_shards(
     shards: list[str], format: str, limits: LimitsConfig, workers: int, tags: tuple[str, ...] = ()
 ) -> None:
-    """Builds the index of every shard in `workers` processes, with a progress bar.
-
-    Raises:
-        RuntimeError: one of the processes died.
-    """
+    """Builds the index of every shard in `workers` processes, with a progress bar."""
     sizes = [os.path.getsize(shard) for shard in shards]
     with (
         _process_map(workers) as mapper,
@@ -380,15 +380,9 @@ def index_shards(
     ):
         for number, (shard, size) in enumerate(zip(shards, sizes), start=1):
             bar.set_postfix_str(f"shard {number} of {len(shards)}")
-            try:
-                build_index(
-                    shard, format, limits, mapper, lambda share, size=size: bar.update(share * size), tags
-                )
-            except BrokenProcessPool as error:
-                raise RuntimeError(
-                    f"{shard}: a process died while decoding it, for lack of memory or in a codec. "
-                    f"Use fewer --workers, or find the sample with --workers 1."
-                ) from error
+            build_index(
+                shard, format, limits, mapper, lambda share, size=size: bar.update(share * size), tags
+            )
 
 
 @contextmanager
@@ -396,8 +390,58 @@ def _process_map(workers: int) -> Iterator[Mapper]:
     if workers <= 1:
         yield map
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    pool = MeasuringPool(workers)
+    try:
+        yield pool.map
+    finally:
+        pool.close()
+
+
+class MeasuringPool:
+    """Processes that measure rows. One that dies of a sample, in a codec, costs that sample alone."""
+
+    def __init__(self, workers: int):
+        self._workers = workers
+        self._start(workers)
+
+    def _start(self, workers: int) -> None:
+        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+    def map(
+        self, measure: Callable[[list[Group]], list[Row]], tasks: list[list[Group]]
+    ) -> Iterator[list[Row]]:
+        """Yields the rows of every task; after a death, those of the groups that are left one by one."""
+        num_done = 0
         try:
-            yield pool.map
-        finally:
-            pool.shutdown(cancel_futures=True)
+            for rows in self._pool.map(measure, tasks):
+                num_done += 1
+                yield rows
+        except BrokenProcessPool:
+            self._start_one(measure)
+            for task in tasks[num_done:]:
+                yield [row for group in task for row in self._measure_alone(measure, group)]
+            self.close()
+            self._start(self._workers)
+
+    def _start_one(self, measure: Callable[[list[Group]], list[Row]]) -> None:
+        self._start(1)
+        try:
+            self._pool.submit(measure, []).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "--workers: a process dies before it has decoded anything. Look whether memory ran out."
+            ) from error
+
+    def _measure_alone(self, measure: Callable[[list[Group]], list[Row]], group: Group) -> list[Row]:
+        try:
+            return self._pool.submit(measure, [group]).result()
+        except BrokenProcessPool:
+            self._start_one(measure)
+            row = _row(group)
+            message = "the process that decoded it died, in a codec or for lack of memory"
+            row["cause"], row["message"] = "decoder_died", message
+            return [row]
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.shutdown(cancel_futures=True)

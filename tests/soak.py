@@ -21,14 +21,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from tests.records import KINDS, prepare, write_records
 from tests.train.launching import ROOT, SMALL, Finished, environment, free_port
-from train.manifest import newest_checkpoint, read_manifest, step_of
+from train.manifest import PARTIAL, newest_checkpoint, read_manifest, step_of
 
 TOLERANCE = 1e-3
 """Relative, for losses of a run whose number of ranks changed at random: roundings add up over its steps."""
@@ -106,6 +104,14 @@ class Job:
                         start_new_session=True,
                     )
                 )
+
+    def kill(self, how: str, rank: int) -> None:
+        """Sends a signal to all ranks, or to `rank` where `how` says so."""
+        for number, process in enumerate(self.processes):
+            if how == "SIGTERM":
+                process.terminate()
+            elif how == "SIGKILL of all ranks" or number == rank:
+                process.kill()
 
     @property
     def is_running(self) -> bool:
@@ -218,23 +224,17 @@ class Soak:
             return "ended before it could be killed"
         trains, saves = has_trained(job), save_under_way(job.folder)
         started = time.monotonic()
-        if how == "SIGTERM":
-            for process in job.processes:
-                process.terminate()
-        else:
-            one = self.draw.randrange(job.ranks)
-            for rank, process in enumerate(job.processes):
-                if how == "SIGKILL of all ranks" or rank == one:
-                    process.kill()
+        job.kill(how, self.draw.randrange(job.ranks))
         if not job.wait(END_SECONDS):
             self._fault(f"{job.folder}: ranks still ran {END_SECONDS:.0f} s after {how}; see {job.log}")
-        if how != "SIGKILL of all ranks":
-            self.report.slowest_end_seconds = max(self.report.slowest_end_seconds, time.monotonic() - started)
+        seconds = time.monotonic() - started
         if how == "SIGTERM" and trains:
             self._check_stopped(job)
         self.report.kills[how] += 1
         self.report.kills_during_a_save += saves
-        return f"{how}{' during a save' if saves else ' while it started' if not trains else ''}"
+        self.report.slowest_end_seconds = max(self.report.slowest_end_seconds, seconds)
+        when = "during a save" if saves else "while it trained" if trains else "while it started"
+        return f"{how} {when}, ended in {seconds:.1f} s"
 
     def _wait_for(self, job: Job, moment: str) -> bool:
         """Returns whether the run still lives when the moment has come."""
@@ -286,13 +286,8 @@ class Soak:
 
     def _compare(self, lane: Lane) -> None:
         """Compares a complete run with the reference."""
-        report, name = self.report, lane.name
         run, whole = Finished(lane.run, 0, ""), self.reference
-        keys = read_samples(lane.run)
-        for step in sorted(set(keys) | set(self.keys)):
-            mine, theirs = Counter(keys.get(step, [])), Counter(self.keys.get(step, []))
-            report.samples_lost += (theirs - mine).total()
-            report.samples_repeated += (mine - theirs).total()
+        self._compare_samples(read_samples(lane.run))
         if [record["step"] for record in run.records] != [record["step"] for record in whole.records]:
             self._fault(f"{lane.run}: other steps in metrics.jsonl than the reference")
             return
@@ -302,23 +297,32 @@ class Soak:
         ):
             if left != right:
                 self._fault(f"{lane.run}: {what} {left}, of the reference {right}")
+        self._compare_numbers(lane, run)
+        self.report.steps_compared += len(run.losses)
+        self.report.runs_completed[lane.name] += 1
+
+    def _compare_samples(self, keys: dict[int, list[str]]) -> None:
+        for step in sorted(set(keys) | set(self.keys)):
+            mine, theirs = Counter(keys.get(step, [])), Counter(self.keys.get(step, []))
+            self.report.samples_lost += (theirs - mine).total()
+            self.report.samples_repeated += (mine - theirs).total()
+
+    def _compare_numbers(self, lane: Lane, run: Finished) -> None:
+        whole, report = self.reference, self.report
         losses = [abs(a - b) / abs(b) for a, b in zip(run.losses, whole.losses)]
-        weights = run.weights(), whole.weights()
-        apart = max(float((weights[0][key] - weights[1][key]).abs().max()) for key in weights[1])
+        mine, theirs = run.weights(), whole.weights()
+        apart = max(float((mine[key] - theirs[key]).abs().max()) for key in theirs)
         for most, value in (
             (report.largest_loss_difference, max(losses)),
             (report.final_loss_difference, losses[-1]),
             (report.largest_weight_difference, apart),
         ):
-            most[name] = max(most.get(name, 0.0), value)
-        same = run.losses == whole.losses and run.grad_norms == whole.grad_norms
-        same = same and all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+            most[lane.name] = max(most.get(lane.name, 0.0), value)
+        same = run.losses == whole.losses and run.grad_norms == whole.grad_norms and apart == 0
         if not lane.changes and not same:
             self._fault(f"{lane.run}: not bit-equal to the reference")
         if max(losses) > TOLERANCE:
             self._fault(f"{lane.run}: a loss is {max(losses):.1e} from the reference's")
-        report.steps_compared += len(losses)
-        report.runs_completed[name] += 1
 
     def _fault(self, text: str) -> None:
         self.report.faults.append(text)
@@ -347,11 +351,8 @@ def inode(path: Path) -> int:
 
 
 def save_under_way(run: Path) -> bool:
-    """Whether a checkpoint is being written; one that is being removed is older than another one."""
-    folder = run / "checkpoints"
-    newest = newest_checkpoint(folder)
-    least = step_of(newest) if newest else 0
-    return any(step_of(path) > least for path in folder.glob(".partial-*"))
+    """Whether a checkpoint is being written."""
+    return any((run / "checkpoints").glob(f"{PARTIAL}step-*"))
 
 
 def optimizer_steps(run: Path) -> int:
@@ -401,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = soak(options.minutes, options.seed, out, options.steps)
     print("\n".join(report.lines()), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(asdict(report), indent=1))
+        options.json.write_text(json.dumps(vars(report), indent=1))
     if not options.out and not report.faults:
         shutil.rmtree(out)
     wrong = report.faults or report.samples_lost or report.samples_repeated

@@ -223,12 +223,12 @@ def compose_pipeline(words: list[str]) -> list[Stage]:
 
 @pytest.fixture(scope="module")
 def known_options(copy):
-    """Every option of our commands, of the launcher, and those of Hydra that the pages name."""
-    found = {"--cfg", "--resolve", "--help"} | {"--use_deepspeed"} | OF_SLURM
+    """Every option of our commands, of the launchers, and those of Hydra and pytest that the pages name."""
+    found = {"--cfg", "--resolve", "--help"} | {"--use_deepspeed"} | {"--write-tables"} | OF_SLURM
     for parser in (launch_command_parser(), get_args_parser()):
         for action in parser._actions:
             found.update(action.option_strings)
-    for module in MODULE_COMMANDS:
+    for module in (*MODULE_COMMANDS, "tests.soak"):
         found.update(re.findall(r"--[a-z][a-z-]*", help_of(module)))
     return found
 

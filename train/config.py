@@ -69,6 +69,13 @@ class Schedule(Enum):
     wsd = "wsd"
 
 
+class OnSpikes(Enum):
+    """After too many skipped steps in a row: `stop`, or take earlier weights and go on with later data."""
+
+    stop = "stop"
+    rollback = "rollback"
+
+
 class LossNorm(Enum):
     """What every supervised token weighs: the same, 1/n of its sample's n tokens, or 1/sqrt(n)."""
 
@@ -122,7 +129,10 @@ class ModuleLR:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its schedule. `warmup` and `decay` are shares of all steps; `decay` is for wsd (0.1)."""
+    """AdamW and its schedule. `warmup` and `decay` are shares of all steps; `decay` is for wsd (0.1).
+
+    A step whose gradient norm is above `spike_factor` times the median of the last applied ones is skipped.
+    """
 
     lr: float = 1e-5
     module_lr: ModuleLR = field(default_factory=ModuleLR)
@@ -135,6 +145,7 @@ class OptimConfig:
     beta2: float = 0.98
     eps: float = 1e-8
     clip: float = 1.0
+    spike_factor: float | None = None
 
     @property
     def decay_share(self) -> float:
@@ -161,6 +172,8 @@ class OptimConfig:
         for name, good in (("eps", 1e-8), ("clip", 1.0)):
             if not _positive(getattr(self, name)):
                 found.append(f"{name}={getattr(self, name)}: must be above 0. Use {good}.")
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            found.append(f"spike_factor={self.spike_factor}: must be above 1. Use 10, or null for none.")
         return found
 
 
@@ -180,6 +193,7 @@ class TrainConfig:
     micro_batch_packs: int = 1
     loss: LossNorm = LossNorm.token
     max_skipped_steps: int = 10
+    on_spikes: OnSpikes = OnSpikes.stop
     max_minutes: float | None = None
     hang_seconds: float | None = 1800.0
 
@@ -339,6 +353,11 @@ class RunConfig:
         if self.train.steps is not None or self.train.epochs is not None:
             return self.train.steps
         return self.train.stage_steps.get(self.stage)
+
+    @property
+    def num_epochs(self) -> float | None:
+        """Epochs of the mixture after which this run ends, where they decide and not steps."""
+        return None if self.num_steps is not None else self.train.epochs or 1.0
 
     def learning_rate(self, module: str) -> float:
         """Returns the peak learning rate of one module."""

@@ -45,7 +45,10 @@ MARGIN_SECONDS = 600.0
 
 @dataclass(slots=True)
 class StepResult:
-    """What an update did. `module_norms` are gradient norms before clipping, per module."""
+    """What an update did. `grad_norm` and, per module, `module_norms` are before clipping.
+
+    A step that was not applied changed nothing; with a finite norm it was above its limit.
+    """
 
     applied: bool
     grad_norm: float
@@ -91,8 +94,8 @@ class Engine(ABC):
         """Adds gradients of `loss`, this rank's share of a sum over all ranks and micro-batches."""
 
     @abstractmethod
-    def step(self) -> StepResult:
-        """Clips, checks that all is finite, and updates on all ranks or on none."""
+    def step(self, limit: float = math.inf) -> StepResult:
+        """Clips and updates on all ranks; on none where the gradient norm is not finite or above `limit`."""
 
     @abstractmethod
     def trained_fragments(self) -> Iterator[Fragment]:
@@ -204,12 +207,12 @@ class DDPEngine(Engine):
         self.sign("a backward pass")
         (loss * self.world_size).backward()
 
-    def step(self):  # noqa: D102
+    def step(self, limit=math.inf):  # noqa: D102
         self.sign("the update")
         groups = [[p.grad for p in group["params"]] for group in self.optimizer.param_groups]
         norms = torch.stack([_norm(grads) for grads in groups]).tolist()
         result = self._groups_to_modules(norms)
-        result.applied = math.isfinite(result.grad_norm)
+        result.applied = math.isfinite(result.grad_norm) and result.grad_norm <= limit
         if result.applied:
             scale = self.config.optim.clip / (result.grad_norm + 1e-6)
             if scale < 1:
@@ -255,7 +258,10 @@ class DeepSpeedEngine(Engine):
         self.zero = self.ds.optimizer
         self.optimizer = self.zero.optimizer
         self._norms: list[float] = []
+        self._limit = math.inf
+        self._is_above_limit = False
         self._record_group_norms()
+        self._refuse_what_is_above_limit()
 
     def _record_group_norms(self) -> None:
         # DeepSpeed computes a norm per group (per sub-group in stage 3) on its way to the global
@@ -274,6 +280,24 @@ class DeepSpeedEngine(Engine):
 
         setattr(self.zero, name, listen)
 
+    def _refuse_what_is_above_limit(self) -> None:
+        # Between these norms and the update DeepSpeed looks whether they are finite, and skips the step on
+        # all ranks where they are not, clearing what it gathered. So a norm above the limit is shown as
+        # infinite. The norms are equal on all ranks, and so is the verdict.
+        name = "_get_norm_groups" if self._stage3 else "scaled_global_norm"
+        original = getattr(self.zero, name)
+
+        def judge(*arguments, **keywords):
+            found = original(*arguments, **keywords)
+            total = self._groups_to_modules(self._group_norms()).grad_norm
+            is_sound = all(norm >= 0 and math.isfinite(norm) for norm in self._norms)  # -1 says it was not
+            self._is_above_limit = is_sound and total > self._limit
+            if not self._is_above_limit:
+                return found
+            return [math.inf for _ in found] if self._stage3 else math.inf
+
+        setattr(self.zero, name, judge)
+
     def forward(self, batch):  # noqa: D102
         self.sign("a forward pass")
         return self.ds(batch)
@@ -289,13 +313,14 @@ class DeepSpeedEngine(Engine):
         self.sign("a backward pass")
         self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self):  # noqa: D102
+    def step(self, limit=math.inf):  # noqa: D102
         self.sign("the update")
         self._norms.clear()
+        self._limit, self._is_above_limit = limit, False
         self.ds.step()
         result = self._groups_to_modules(self._group_norms())
         result.applied = bool(self.ds.was_step_applied())
-        if not result.applied:
+        if not result.applied and not self._is_above_limit:
             # DeepSpeed's norms are placeholders then.
             return StepResult(applied=False, grad_norm=math.inf, module_norms={})
         return result

@@ -20,6 +20,8 @@ from train.weights import sync
 VERSION = 2
 MANIFEST = "manifest.json"
 DAMAGED = "damaged-"
+PARTIAL = ".partial-"
+"""Begins the names of folders that nobody takes for a checkpoint, and that the next start removes."""
 
 FileFacts = dict[str, dict[str, Any]]
 """Size and digest of files, by name."""
@@ -131,6 +133,6 @@ def damaged_folders(folder: Path) -> list[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what a save that was killed left behind."""
-    for stale in folder.glob(".partial-*"):
+    """Removes what a save, or the removal of an old checkpoint, left behind when it was killed."""
+    for stale in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)

@@ -32,6 +32,7 @@ from train.model.omni import meta_model
 from train.model.stand_in import MODEL_OF
 from train.saver import Saver
 from train.sinks import Sink, SinkRun, build_sinks, keep_until
+from train.spikes import GradientNorms
 from train.stopping import EXIT_STOPPED, StopRequests
 from train.watchdog import Watchdog
 from train.weights import FirstWeightsReader
@@ -70,7 +71,7 @@ def _run(
     tables = load_tables(config, engine, encoder, "train")
     held_out, answered = load_held_out(config, engine, encoder)
     _check_held_out(config, held_out)
-    planner = build_planner(config, tables, epochs=_epochs(config))
+    planner = build_planner(config, tables, epochs=config.num_epochs)
     total_steps = config.num_steps or planner.num_steps()
     assert total_steps is not None
     training = Training(
@@ -84,6 +85,7 @@ def _run(
         evaluate=HeldOut(config, engine, held_out, answered, encoder, folder.path / "eval"),
         total_steps=total_steps,
         stopping=stopping,
+        norms=GradientNorms(config.optim.spike_factor),
         watchdog=Watchdog(config.train.hang_seconds, engine.rank, folder.hangs),
         quarantined=tables.quarantined + held_out.quarantined,
     )
@@ -140,12 +142,6 @@ def _close(training: Training) -> None:
     training.engine.close()
 
 
-def _epochs(config: RunConfig) -> float | None:
-    if config.num_steps is not None:
-        return None
-    return config.train.epochs or 1.0
-
-
 def _peak(config: RunConfig, engine: Engine) -> float | None:
     if config.log.peak_tflops:
         return config.log.peak_tflops * 1e12
@@ -175,7 +171,8 @@ def _begin(
     training.step = state["step"]
     training.good, training.bad = state["good"], state["bad"]
     training.meters.skipped_steps = state["skipped_steps"]
-    training.skipped_in_a_row = state["skipped_in_a_row"]
+    training.skipped_in_a_row, training.rollbacks = state["skipped_in_a_row"], state.get("rollbacks", 0)
+    training.norms.restore(state.get("gradient_norms", []))
     _restore_record(training, state["record"])
     if training.engine.is_main:
         training.ledger.restore(state["ledger"])
@@ -185,9 +182,8 @@ def _begin(
 
 def _cut_back(training: Training) -> None:
     """Drops what later steps have left: they are done again."""
-    for path in (training.folder.skipped, training.folder.samples):
-        if training.engine.is_main and path.exists():
-            keep_until(path, training.step)
+    if training.engine.is_main and training.folder.samples.exists():
+        keep_until(training.folder.samples, training.step)
 
 
 def _check_parent(training: Training, state: dict[str, Any]) -> None:

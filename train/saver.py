@@ -14,7 +14,7 @@ import torch
 
 from train.config import CheckpointConfig
 from train.engine import Engine
-from train.manifest import FileFacts, complete_folders, file_facts, step_of, write_manifest
+from train.manifest import PARTIAL, FileFacts, complete_folders, file_facts, step_of, write_manifest
 from train.weights import save_tensors, sync
 
 Tensors = dict[str, torch.Tensor]
@@ -33,13 +33,10 @@ class _Pending:
     """A checkpoint whose files are being written. `facts` are for its manifest; `shapes` this rank's."""
 
     final: Path
+    partial: Path
     facts: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     job: Future[_Written]
-
-    @property
-    def partial(self) -> Path:
-        return self.final.with_name(f".partial-{self.final.name}")
 
 
 class Saver:
@@ -82,9 +79,9 @@ class Saver:
             "optimizer_steps": engine.optimizer_steps(),
         }
         text = json.dumps(state) if engine.is_main else None
-        final = self._folder / f"step-{step:08d}"
-        self._pending = _Pending(final, facts, shapes, Future())
-        self._pending.job = self._thread.submit(_write, self._pending.partial, engine.rank, tensors, text)
+        final, partial = (self._folder / f"{begin}step-{step:08d}" for begin in ("", PARTIAL))
+        job = self._thread.submit(_write, partial, engine.rank, tensors, text)
+        self._pending = _Pending(final, partial, facts, shapes, job)
         if not background:
             self.finish()
         return final
@@ -111,7 +108,7 @@ class Saver:
         reports = engine.gather_objects((pending.job.result(), pending.shapes))
         failures = [written.failed for written, _ in reports if written.failed]
         if engine.is_main and not failures:
-            failures = _name_complete(pending, reports)
+            failures = self._name_complete(pending, reports)
         failures = engine.gather_objects(failures)[0]
         if failures:
             if engine.is_main:
@@ -120,16 +117,36 @@ class Saver:
                 f"{pending.final}: the checkpoint could not be written: {failures[0]}. "
                 "Free some space or mend the folder, then start the run again: it goes on from the last one."
             )
-        if engine.is_main:
-            self._prune()
 
-    def _prune(self) -> None:
+    def _name_complete(self, pending: _Pending, reports: list) -> list[str]:
+        """Writes the manifest and gives a checkpoint its final name; returns what failed."""
+        files: FileFacts = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for written, mine in reports:
+            files |= written.files
+            shapes |= mine
+        try:
+            write_manifest(pending.partial, pending.facts | {"shapes": shapes}, files)
+            if pending.final.exists():  # the run went back behind it
+                self._remove(pending.final)
+            os.replace(pending.partial, pending.final)
+            sync(pending.final.parent)
+            for old in self._not_kept():
+                self._remove(old)
+        except OSError as error:
+            return [_explain(error)]
+        return []
+
+    def _not_kept(self) -> list[Path]:
         every = self._config.keep_every
-        for old in complete_folders(self._folder)[self._config.keep :]:
-            if every is None or step_of(old) % every:
-                doomed = old.with_name(f".partial-{old.name}")  # a name that no one takes for complete
-                os.replace(old, doomed)
-                self._thread.submit(shutil.rmtree, doomed, ignore_errors=True)
+        older = complete_folders(self._folder)[self._config.keep :]
+        return [path for path in older if every is None or step_of(path) % every]
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Takes a checkpoint's name away at once, and its files when the thread comes to it."""
+        doomed = checkpoint.with_name(f"{PARTIAL}old-{checkpoint.name}")
+        os.replace(checkpoint, doomed)
+        self._thread.submit(shutil.rmtree, doomed, ignore_errors=True)
 
     def close(self) -> None:
         """Waits until the thread has nothing left to do."""
@@ -177,24 +194,6 @@ def _write(partial: Path, rank: int, tensors: Tensors, state: str | None) -> _Wr
     except OSError as error:
         return _Written({}, _explain(error))
     return _Written(files)
-
-
-def _name_complete(pending: _Pending, reports: list) -> list[str]:
-    """Writes the manifest and gives a checkpoint its final name; returns what failed."""
-    files: FileFacts = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for written, mine in reports:
-        files |= written.files
-        shapes |= mine
-    try:
-        write_manifest(pending.partial, pending.facts | {"shapes": shapes}, files)
-        if pending.final.exists():
-            shutil.rmtree(pending.final)
-        os.replace(pending.partial, pending.final)
-        sync(pending.final.parent)
-    except OSError as error:
-        return [_explain(error)]
-    return []
 
 
 def _explain(error: OSError) -> str:

@@ -7,6 +7,7 @@ import signal
 import struct
 import tarfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import av
@@ -20,7 +21,7 @@ from data.config import LimitsConfig
 from data.index import load_folder, main
 from data.media import audio_num_samples, decode_image, image_size
 from data.sample import SampleError
-from data.scan import build_index, index_path, scan_shard
+from data.scan import MeasuringPool, build_index, index_path, scan_shard
 from tests.data.corpus import (
     data_config,
     image_bytes,
@@ -380,6 +381,27 @@ def test_footer_of_an_index_that_says_nonsense_is_refused(two_shards):
     pq.write_table(table.rename_columns(["k", *table.column_names[1:]]), path)
     with pytest.raises(ValueError, match=r"Run `python -m data\.index"):
         load_folder(two_shards)
+
+
+def die_of_one(measure, task):
+    """Measures a task, unless a decoder would crash on one of its groups."""
+    if any(group.key in ("k3", "k40") for group in task):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return measure(task)
+
+
+def test_sample_that_kills_a_decoder_is_quarantined_and_all_others_are_indexed(tmp_path):
+    path = tar_of(tmp_path / "shard-000000.tar", *(member(f"k{n}.txt", b"a document") for n in range(70)))
+    pool = MeasuringPool(2)
+    for _ in range(2):  # the pool goes on after a death
+        build_index(
+            path, "text", LIMITS, lambda measure, tasks: pool.map(partial(die_of_one, measure), tasks)
+        )
+    pool.close()
+    shard = load_folder(str(tmp_path)).shards[0]
+    assert [shard.keys[row] for row in shard.errors] == ["k3", "k40"]
+    assert {cause for cause, _ in shard.errors.values()} == {"decoder_died"}
+    assert shard.keys == [f"k{n}" for n in range(70)]
 
 
 def test_concatenated_tars_do_not_lose_the_second_silently(tmp_path):

@@ -8,8 +8,8 @@ import time
 import psutil
 import pytest
 
-from tests.train.launching import ROOT, SMALL, Finished, command, environment
-from tests.train.test_stopping import saved_steps
+from tests.train.launching import ROOT, SMALL, Finished, command, environment, launch
+from tests.train.test_stopping import saved_steps, start, wait_for_step
 
 WORDS = (*SMALL, "train.packs_per_step=2", "checkpoint.every=3")
 
@@ -64,3 +64,60 @@ def running_ranks(folder) -> list[int]:
         for each in psutil.process_iter(["cmdline"])
         if f"run={folder}" in (each.info["cmdline"] or [])
     ]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 24 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs leave to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk) -> None:
+    """Leaves not one block free."""
+    with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def fill_at_step(folder, step: int, words) -> Finished:
+    """Starts a run and fills its disk after a step; returns what became of it."""
+    process = start(folder, words)
+    wait_for_step(process, folder, step)
+    fill(folder.parent)
+    output, _ = process.communicate(timeout=60)
+    return Finished(folder, process.returncode, output)
+
+
+@pytest.mark.slow
+def test_a_full_or_read_only_disk_is_named_and_costs_no_checkpoint(small_disk, text_shards):
+    folder = small_disk / "run"
+    words = (*WORDS, f"data.path={text_shards}", "train.steps=400", "checkpoint.every=2", "eval.every=0")
+    saving = fill_at_step(folder, 5, words)  # a checkpoint takes more than the page that metrics have left
+    assert saving.code not in (0, 75) and "No space left on device" in saving.output
+    assert f"{folder}/" in saving.output
+    saved = saved_steps(folder)
+    assert saved and not list((folder / "checkpoints").glob(".partial*"))
+    (small_disk / "filler").unlink()
+
+    words = (*words, "checkpoint.every=1000")
+    logging = fill_at_step(folder, saved[-1] + 3, words)
+    assert f"Goes on after step {saved[-1]}" in logging.output
+    assert logging.code == 2 and f"{folder}/metrics.jsonl: No space left on device." in logging.output
+    assert saved_steps(folder) == saved
+    (small_disk / "filler").unlink()
+
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    refused = launch(folder, *words, code=2)
+    assert "Read-only file system. Mend it and start again." in refused.output
+    assert f"{folder}/" in refused.output and "Traceback" not in refused.output
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+
+    again = launch(folder, *words, "train.max_minutes=0.001", code=75)
+    assert f"Goes on after step {saved[-1]}" in again.output
+    assert [record["step"] for record in again.records] == [*range(1, saved[-1] + 2)]

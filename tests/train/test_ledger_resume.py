@@ -16,7 +16,7 @@ def spoiled(folder):
     path = prepare(records, folder / "shards")
     (shard,) = load_folder(str(path)).shards
     for row in (5, 14, 23, 30, 41):
-        name, (offset, size) = next(item for item in shard.members(row).items() if item[0] != "json")
+        offset, size = next(place for name, place in shard.members(row).items() if name != "json")
         overwrite_silently(shard.path, offset, bytes(size))
     return path
 

@@ -41,7 +41,7 @@ def test_twenty_steps_after_every_switch_have_the_losses_of_an_uninterrupted_run
     for name, (before, after) in SWITCHES.items():
         run, whole = runs.switched(before, after), runs.whole(before)
         measured[name] = difference(run, whole)
-        print(f"{name}: {measured[name]:.1e}")
+        print(f"{name}: {measured[name]:.1e}", flush=True)
         if before == after:
             assert run.losses == whole.losses and run.grad_norms == whole.grad_norms
             left, right = run.weights(), whole.weights()
