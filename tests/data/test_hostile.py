@@ -298,6 +298,17 @@ def test_shard_lost_in_the_middle_of_a_run_stops_it_by_name(two_shards, strike, 
             pass
 
 
+def test_index_made_again_before_a_worker_reads_it_stops_the_run_and_blames_no_sample(two_shards):
+    config = data_config(two_shards, workers=1)
+    tables = tables_of(config)
+    loader = loader_of(config, tables, planner_of(config, tables))
+    assert main([two_shards, "--again", "--workers", "1", "--tags", "new"]) == 0
+    with pytest.raises(
+        RuntimeError, match=r"^\S+index\.parquet: has changed while in use\. Start the run again\.$"
+    ):
+        next(iter(loader))
+
+
 def lie(path, column, field, change):
     """Changes a number in the first row of an index."""
     table = pq.read_table(index_path(path))
