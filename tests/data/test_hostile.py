@@ -157,6 +157,15 @@ def test_ten_hours_of_sound_in_some_kilobytes_are_refused_within_bounds(rate, gr
     assert caught.value.cause == "audio_too_long" and grown() < allowed
 
 
+@pytest.mark.parametrize("rate", [1, 99, 10**6 + 1, 2**28, 2**29])
+def test_rate_that_no_recording_has_is_refused_before_it_is_resampled(rate, grown):
+    data = bytearray(wav_bytes(8000))
+    struct.pack_into("<I", data, 24, rate)
+    with pytest.raises(SampleError) as caught:
+        audio_num_samples(bytes(data), LIMITS)
+    assert caught.value.cause == "audio_corrupt" and grown() < 64 * MEBIBYTE
+
+
 def lying_wav():
     data = bytearray(wav_bytes(8000))
     struct.pack_into("<I", data, 40, 10**9)
