@@ -111,7 +111,7 @@ def count_shard(folder: FolderIndex, shard: int, encoder: Encoder) -> ShardCount
     Raises:
         RuntimeError: the shard cannot be read.
     """
-    reader = ShardReader(folder)
+    reader = ShardReader(folder, max_open=1)
     index = folder.shards[shard]
     rows: list[Counts | None] = []
     bad: list[tuple[int, str, str]] = []
@@ -139,7 +139,8 @@ def _cache_folder(folder: FolderIndex, encoder: Encoder, cache: str | None) -> P
     if cache is None:
         return Path(folder.path) / ".counts" / fingerprint
     # Sources may share shard names, so each has a folder of its own.
-    source = hashlib.blake2b(os.path.realpath(folder.path).encode(), digest_size=6).hexdigest()
+    path = folder.path if folder.cache else os.path.realpath(folder.path)
+    source = hashlib.blake2b(path.encode(), digest_size=6).hexdigest()
     return Path(cache) / "counts" / source / fingerprint
 
 

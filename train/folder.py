@@ -23,6 +23,7 @@ FREE = (
     "data.prefetch",
     "data.timeout_seconds",
     "data.cache",
+    "data.cache_gib",
     "eval",
     "checkpoint",
     "log",
