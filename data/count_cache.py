@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data.encode import Counts, Encoder
 from data.index import FolderIndex
+from data.remote import fetch_counts
 from data.sample import SampleError
 from data.shards import ShardReader
 
@@ -61,10 +62,13 @@ def count_folder(folder: FolderIndex, encoder: Encoder, where: str, cache: str |
         RuntimeError: a shard cannot be read.
     """
     place = _cache_folder(folder, encoder, cache)
-    found = [_read(place, folder, shard) for shard in range(len(folder.shards))]
-    missing = [shard for shard, counts in enumerate(found) if counts is None]
+    found, missing = _read_all(place, folder)
     if missing:
         _make_folder(place, folder, where)
+    if missing and folder.cache:
+        fetch_counts(folder, place.name, place, missing)
+        found, missing = _read_all(place, folder)
+    if missing:
         num_rows = sum(folder.shards[shard].num_rows for shard in missing)
         with tqdm(total=num_rows, desc=f"count tokens of {where}", unit="sample") as bar:
             for shard, counts in _count_shards(folder, encoder, missing):
@@ -72,6 +76,12 @@ def count_folder(folder: FolderIndex, encoder: Encoder, where: str, cache: str |
                 _write(place, folder, shard, counts)
                 bar.update(folder.shards[shard].num_rows)
     return [counts for counts in found if counts is not None]
+
+
+def _read_all(place: Path, folder: FolderIndex) -> tuple[list[ShardCounts | None], list[int]]:
+    """Returns the counts that are there, and the shards that have none."""
+    found = [_read(place, folder, shard) for shard in range(len(folder.shards))]
+    return found, [shard for shard, counts in enumerate(found) if counts is None]
 
 
 def _count_shards(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from data.index import UNFINISHED, FolderIndex, ShardIndex, check_formats, load_
 from data.scan import index_path
 from data.shard_cache import ShardCache
 from data.transport import Absent, describe_version, list_store
-from data.urls import expand, index_url, is_remote, names_shards, shard_name
+from data.urls import PIPE, expand, index_url, is_remote, names_shards, shard_name
 
 CONNECTIONS = 16
 """Indexes that are asked for at the same time."""
@@ -55,6 +56,31 @@ def load_remote(path: str, cache: ShardCache) -> FolderIndex:
         shards = list(pool.map(partial(_load_shard, folder, cache.patience), places))
     check_formats(shards)
     return FolderIndex(path, shards, cache)
+
+
+def fetch_counts(folder: FolderIndex, fingerprint: str, place: Path, shards: list[int]) -> None:
+    """Brings the token counts of shards from beside them to `place`, where somebody has put them there.
+
+    That spares the first run reading all shards once. What cannot be had is left out.
+    """
+    assert folder.cache, "a folder that is not remote"
+    patience = replace(folder.cache.patience, attempts=2)
+
+    def fetch(shard: int) -> bool:
+        index = folder.shards[shard]
+        if index.url.startswith(PIPE):
+            return False
+        name = f"{index.name}.npz"
+        try:
+            content = fetch_bytes(f"{index.url.rpartition('/')[0]}/.counts/{fingerprint}/{name}", patience)
+        except (Absent, RuntimeError):
+            return False
+        _write(place / name, content)
+        return True
+
+    if shards and fetch(shards[0]):
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(fetch, shards[1:]))
 
 
 def _find_shards(path: str, patience: Patience) -> list[_Place]:

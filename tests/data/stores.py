@@ -4,6 +4,9 @@ import collections
 import contextlib
 import http.server
 import os
+import select
+import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -105,8 +108,56 @@ def web_store(folder):
         store.server_close()
 
 
+class FaultyWay(socketserver.ThreadingTCPServer):
+    """Passes connections on to a server; `faults` are taken one per answer of some length, or per request.
+
+    `stall` sends half of what came and then nothing, `cut` sends half and hangs up, `error` says 500.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, port, faults):
+        super().__init__(("127.0.0.1", 0), _Passing)
+        self.port = port
+        self.faults = list(faults)
+        self.lock = threading.Lock()
+        self.ended = threading.Event()
+
+    def take(self, *wanted) -> str:
+        """Returns the next fault if it is one of these."""
+        with self.lock:
+            return self.faults.pop(0) if self.faults and self.faults[0] in wanted else ""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class _Passing(socketserver.BaseRequestHandler):
+    def handle(self):
+        with socket.create_connection(("127.0.0.1", self.server.port)) as server:
+            while True:
+                for ready in select.select([self.request, server], [], [])[0]:
+                    if not (data := ready.recv(2**16)):
+                        return
+                    if ready is self.request:
+                        if data.startswith(b"GET /data/shards/") and self.server.take("error"):
+                            self.request.sendall(
+                                b"HTTP/1.1 500 Broken\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                            )
+                            return
+                        server.sendall(data)
+                    elif len(data) > 5000 and (fault := self.server.take("cut", "stall")):
+                        self.request.sendall(data[: len(data) // 2])
+                        if fault == "stall":
+                            self.server.ended.wait(30)
+                        return
+                    else:
+                        self.request.sendall(data)
+
+
 @contextlib.contextmanager
-def s3_store(folder):
+def s3_store(folder, faults=()):
     """Gives the environment for an S3 server whose bucket `data` holds the files of a folder as shards/..."""
     import boto3
 
@@ -118,7 +169,6 @@ def s3_store(folder):
     )
     url = f"http://127.0.0.1:{port}"
     env = {
-        "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "someone",
         "AWS_SECRET_ACCESS_KEY": "something",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -136,7 +186,12 @@ def s3_store(folder):
         for path in sorted(Path(folder).iterdir()):
             if path.is_file():
                 client.upload_file(str(path), "data", f"shards/{path.name}")
-        yield env
+        way = FaultyWay(port, faults)
+        threading.Thread(target=way.serve_forever, daemon=True).start()
+        yield env | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{way.server_address[1]}"}
+        way.ended.set()
+        way.shutdown()
+        assert not way.faults, f"faults that never came about: {way.faults}"
     finally:
         process.kill()
         process.wait()

@@ -291,6 +291,15 @@ def test_a_loader_gives_the_same_from_afar_and_goes_on_with_an_empty_cache(shard
     assert 0 < most <= sum(sizes[-4:]) and store.most_at_once == 1
 
 
+def test_token_counts_that_lie_beside_the_shards_are_taken(shards, store, tmp_path):
+    tables = tables_of(data_config(str(shards)))
+    remote = data_config(named(store))
+    remote.sources = {"shards": SourceConfig(path=named(store))}
+    remote.cache = str(tmp_path / "cache")
+    assert tables_of(remote).fingerprint == tables.fingerprint
+    assert not any(store.asked(f"shard-{number:06d}.tar") for number in range(NUM_SHARDS))
+
+
 def test_the_plan_names_the_shards_it_reads_next(shards):
     config = data_config(str(shards), length=128, shuffle_shards=2)
     tables = tables_of(config)
@@ -323,29 +332,35 @@ def test_a_store_that_stays_away_stops_the_loader_and_names_the_shard(store, sha
         list(loader)
 
 
-def test_shards_of_an_s3_server_are_listed_and_read(shards, tmp_path):
-    code = (
-        "import json, sys\n"
-        "from data.config import DataConfig\n"
-        "from data.remote import load_source\n"
-        "from data.shards import ShardReader\n"
-        "folder = load_source('s3://data/shards', DataConfig(cache=sys.argv[1]))\n"
-        "reader = ShardReader(folder, 's')\n"
-        "keys = [reader.read(n, r).key for n, s in enumerate(folder.shards) for r in range(s.num_rows)]\n"
-        "print(json.dumps([folder.digest, keys]))\n"
-        "try:\n"
-        "    load_source('s3://data/nothing', DataConfig(cache=sys.argv[1]))\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
-    )
-    with s3_store(shards) as env:
-        command = [sys.executable, "-c", code, str(tmp_path / "cache")]
+READ_FROM_S3 = """
+import json, sys
+from data.download import Patience
+from data.remote import load_remote
+from data.shard_cache import ShardCache
+from data.shards import ShardReader
+
+cache = ShardCache(sys.argv[1], 10**9, Patience(stall_seconds=2, attempts=4, first_pause_seconds=0.1))
+folder = load_remote("s3://data/shards", cache)
+reader = ShardReader(folder, "s")
+keys = [reader.read(n, r).key for n, shard in enumerate(folder.shards) for r in range(shard.num_rows)]
+print(json.dumps([folder.digest, keys]))
+for path in ("s3://data/nothing", "s3://nothing"):
+    try:
+        load_remote(path, cache)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_shards_of_an_s3_server_are_listed_and_read_whatever_happens_on_the_way(shards, tmp_path):
+    with s3_store(shards, ["cut", "error", "stall", "error", "cut", "cut"]) as env:
+        command = [sys.executable, "-c", READ_FROM_S3, str(tmp_path / "cache")]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found, problem = done.stdout.splitlines()
+    found, *problems = done.stdout.splitlines()
     local = load_folder(str(shards))
     assert json.loads(found) == [local.digest, [sample.key for sample in samples(local)]]
-    assert problem.startswith("s3://data/nothing: ")
+    assert [problem.split(": ")[0] for problem in problems] == ["s3://data/nothing", "s3://nothing"]
 
 
 def test_a_local_source_loads_nothing_that_speaks_to_stores():
