@@ -7,10 +7,10 @@ touching media, and kept as plain arrays beside the shards (or under `data.cache
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tempfile
 import uuid
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
@@ -31,6 +31,9 @@ MODALITIES = ("text", "image", "audio", "image+audio")
 
 POOL_FROM = 2000
 """Samples above which counting is worth starting processes."""
+
+DIGEST_BYTES = 32
+"""A hash of the content stands first in a file of counts: zip notices only some of the damage."""
 
 _COLUMNS = ("length", "supervised", "slices", "patches", "frames")
 
@@ -131,9 +134,12 @@ def count_shard(folder: FolderIndex, shard: int, encoder: Encoder) -> ShardCount
             rows.append(encoder.lay_out(sample, index.sizes(row)).counts)
         except SampleError as error:
             if error.cause == "shard_unreadable":
-                raise RuntimeError(str(error)) from error
+                raise RuntimeError(f"{error}.") from error
             rows.append(None)
             bad.append((row, error.cause, str(error)))
+        except OSError as error:
+            advice = "Check the disk and the mount."
+            raise RuntimeError(f"{index.path}: cannot be read ({error}). {advice}") from error
     columns = {name: np.array([getattr(r, name, 0) for r in rows], dtype=np.int32) for name in _COLUMNS}
     return ShardCounts(
         **columns,
@@ -167,7 +173,7 @@ def _make_folder(place: Path, folder: FolderIndex, where: str) -> None:
 
 
 def _file(place: Path, folder: FolderIndex, shard: int) -> Path:
-    return place / f"{folder.shards[shard].name}.npz"
+    return place / f"{folder.shards[shard].name}.counts"
 
 
 def _write(place: Path, folder: FolderIndex, shard: int, counts: ShardCounts) -> None:
@@ -175,17 +181,31 @@ def _write(place: Path, folder: FolderIndex, shard: int, counts: ShardCounts) ->
     # Several machines may write here, and containers give all of their processes the same few ids.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     arrays = {field.name: getattr(counts, field.name) for field in fields(counts)}
-    with partial.open("wb") as file:
-        np.savez(file, index=np.array(folder.shards[shard].fingerprint), **arrays)
-    partial.replace(path)
+    content = io.BytesIO()
+    np.savez(content, index=np.array(folder.shards[shard].fingerprint), **arrays)
+    try:
+        partial.write_bytes(_digest(content.getvalue()) + content.getvalue())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        advice = "Free some space there, or set data.cache=DIR to another disk."
+        raise ValueError(f"{path}: token counts cannot be written ({error.strerror}). {advice}") from error
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _read(place: Path, folder: FolderIndex, shard: int) -> ShardCounts | None:
     """Returns cached counts, or None if there are none for this very index."""
     try:
-        with np.load(_file(place, folder, shard), allow_pickle=False) as arrays:
+        content = _file(place, folder, shard).read_bytes()
+        digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if digest != _digest(content):
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             if str(arrays["index"]) != folder.shards[shard].fingerprint:
                 return None
             return ShardCounts(**{field.name: arrays[field.name] for field in fields(ShardCounts)})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError):
         return None  # absent or damaged: counted anew

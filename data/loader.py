@@ -10,7 +10,7 @@ import multiprocessing
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 from weakref import finalize
@@ -36,9 +36,9 @@ LOOK_SECONDS = 5.0
 class StepBatches:
     """All micro-batches of one global step on this rank.
 
-    `planner_state` resumes after this step. Over all ranks: `epoch` and `drawn` are mixture epochs and
-    tokens per source since the run began, `fill` is the used share of this step's packs.
-    `wait_seconds` is how long the rank waited for its batches.
+    `packs` are what the micro-batches were made of. `planner_state` resumes after this step. Over all
+    ranks: `epoch` and `drawn` are mixture epochs and tokens per source since the run began, `fill` is the
+    used share of this step's packs. `wait_seconds` is how long the rank waited for its batches.
     """
 
     step: int
@@ -48,6 +48,7 @@ class StepBatches:
     drawn: dict[str, int]
     fill: float
     wait_seconds: float
+    packs: list[list[Pack]] = field(default_factory=list)
 
 
 class _Schedule(Sampler):
@@ -77,7 +78,7 @@ class _Schedule(Sampler):
         number = 0
         while (plan := self.planner.next_step()) is not None:
             mine = deal(plan.packs, self.world_size, self.micro_batch_packs)[self.rank]
-            self.steps.append((self._announce(plan), len(mine)))
+            self.steps.append((self._announce(plan, mine), len(mine)))
             if self.ahead.sources:
                 self.ahead.want(self._shards(mine))
             for packs in mine:
@@ -92,7 +93,7 @@ class _Schedule(Sampler):
         shards = [(ref.source, ref.shard) for ref in refs if ref.source in self.ahead.sources]
         return list(dict.fromkeys(shards + self.planner.shards_ahead(self.ahead.sources)))
 
-    def _announce(self, plan: StepPlan) -> StepBatches:
+    def _announce(self, plan: StepPlan, mine: list[list[Pack]]) -> StepBatches:
         state = self.planner.state()
         drawn = {name: source["tokens"] for name, source in state["sources"].items()}
         filled = [pack.length for pack in plan.packs if pack.refs]
@@ -104,6 +105,7 @@ class _Schedule(Sampler):
             drawn=drawn,
             fill=sum(filled) / (len(filled) * self.length),
             wait_seconds=0.0,
+            packs=mine,
         )
 
 
@@ -129,6 +131,7 @@ class Loader:
         world_size: int = 1,
     ):
         length = config.pack.length
+        self.folders = folders
         self._config = config
         self._ahead = FetchAhead(folders)
         self._schedule = _Schedule(planner, self._ahead, rank, world_size, micro_batch_packs, length)

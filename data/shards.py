@@ -36,7 +36,7 @@ def whole_folder(out: str) -> Iterator[str]:
     """
     final, unfinished = Path(out), Path(f"{out.rstrip('/')}.unfinished")
     _check_free(final, out)
-    unfinished.mkdir(parents=True, exist_ok=True)
+    _make(unfinished, out)
     with open(_claim(unfinished), "wb") as mark:
         _lock(mark, out)
         try:
@@ -54,6 +54,15 @@ def whole_folder(out: str) -> Iterator[str]:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise RuntimeError(f"out={out}: the disk is full. Free some space and run again.") from error
             raise
+
+
+def _make(folder: Path, out: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"out={out}: cannot be made ({error.strerror}). Choose a folder that you may write to."
+        ) from error
 
 
 def _check_free(final: Path, out: str) -> None:

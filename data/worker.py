@@ -113,8 +113,8 @@ class MicroBatches(Dataset):
         except MemoryError:
             advice = "Use fewer data.workers, a smaller data.prefetch, or lower data.limits."
             return Loaded(None, f"{self.name(ref)}: memory ran out at this. {advice}")
-        except SampleError as error:  # `_load` lets through no other than a shard that is gone
-            return Loaded(None, f"{error}.")
+        except (SampleError, RuntimeError) as error:  # a shard or its index that is gone or has changed
+            return Loaded(None, f"{str(error).rstrip('.')}.")
         finally:
             self.progress.note(-1)
         return Loaded(collate(rows, **self.collate_options))
@@ -125,6 +125,8 @@ class MicroBatches(Dataset):
         return f"{ref.source}/{shard.name}/{shard.keys[ref.row]}"
 
     def _load(self, ref: SampleRef) -> EncodedSample | BlankSegment:
+        shard = self.folders[ref.source].shards[ref.shard]
+        key = shard.keys[ref.row]  # reads the index, whose damage is no sample's fault
         try:
             return self._encode(ref)
         except SampleError as error:
@@ -136,8 +138,7 @@ class MicroBatches(Dataset):
         except Exception as error:
             # The sample border: whatever a decoder throws at hostile bytes must not end the run.
             cause, message = "unexpected", f"{type(error).__name__}: {error}"
-        shard = self.folders[ref.source].shards[ref.shard]
-        info = Dropped(ref.source, shard.name, shard.keys[ref.row], cause, message)
+        info = Dropped(ref.source, shard.name, key, cause, message)
         return BlankSegment(ref.length, info)
 
     def _encode(self, ref: SampleRef) -> EncodedSample:
@@ -160,13 +161,13 @@ class MicroBatches(Dataset):
 
 
 def start_worker(_worker_id: int) -> None:
-    """Makes a worker deaf to SIGINT and SIGTERM: the rank answers them, and still needs its batches.
+    """Makes a worker deaf to requests to end, which SLURM sends to all processes: the rank answers them.
 
     It ends with its rank, even with one that was killed: torch looks for the process it was forked
     from, which is not the rank but the forkserver.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_rank, name="end-with-rank", daemon=True).start()
 
 

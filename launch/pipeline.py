@@ -20,15 +20,14 @@ from launch.history import History, Origin, load_history, write_json
 from launch.process import StageProcess, locked, opened_log
 from launch.progress import Progress
 from launch.request import Request, read_request
+from launch.restarts import Restarts, newest_step, rank_status
 from launch.stages import Stage, compose_stages, read_pipeline
 from launch.standing import check_stages, parent_weights_digest
 from launch.summary import markdown, summarize, table
 from train.compose import readable_errors
 from train.first_weights import is_random
 from train.sinks import format_seconds
-
-EXIT_STOPPED = 75
-"""Exit status of a pipeline that was asked to end (sysexits' "try again later"), as of its stages."""
+from train.stopping import EXIT_STOPPED
 
 POLL_SECONDS = 0.2
 SAVE_SECONDS = 5.0
@@ -49,6 +48,7 @@ words
   model.weights=DIR, model.parts.PART=DIR     released weights that the first stage starts from
   accelerate=NAME    a file of configs/accelerate, or a path (one: a single process)
   processes=N        processes of this machine, in place of the number in that file
+  retries=N          starts in a row that may crash without a new checkpoint before the pipeline ends (2)
 
 example: python -m launch.pipeline megrez_omni model=tiny data=demo runs=runs/demo accelerate=cpu2 zero=zero2
 example: python -m launch.pipeline megrez_omni data=mine accelerate=gpus processes=4 --dry-run
@@ -98,10 +98,27 @@ class Pipeline:
                 signal.signal(number, handler)
 
     def _run_stage(self, stage: Stage) -> int:
-        """Runs one stage to its end; returns 0 when its result is there."""
+        """Runs one stage to its end, again where it crashed; returns 0 when its result is there."""
+        restarts = Restarts(self.request.retries)
+        while True:
+            found = newest_step(stage.folder.checkpoints)
+            status, tail = self._run_once(stage)
+            if stage.folder.is_complete:  # judged by what it left, should the launcher stumble at its end
+                seconds = self.history.seconds[stage.name]
+                self.progress.say(f"{self.progress.head(stage)}: complete after {seconds:.0f} s.")
+                return 0
+            if status == EXIT_STOPPED:
+                return self._stopped(stage)
+            left = newest_step(stage.folder.checkpoints)
+            if not restarts.allow(status, found, left) or self.stop_asked:
+                return self._failed(stage, tail, status)
+            self._say_again(stage, status, left, restarts)
+
+    def _run_once(self, stage: Stage) -> tuple[int, list[str]]:
+        """Starts a stage and waits for its end; returns its exit status and the end of its output."""
         with opened_log(stage.log, self.progress.say, lambda: self.stop_asked > 0) as log:
             if self.stop_asked:
-                return self._stopped(stage)
+                return EXIT_STOPPED, []
             self._note_start(stage)
             command = stage_command(self.request, stage)
             log.write(f"\n{time.strftime('%F %T')}  {shlex.join(command)}\n".encode())
@@ -111,13 +128,19 @@ class Pipeline:
         # A launcher that died may leave ranks behind: they are waited for, and ended.
         with opened_log(stage.log, self.progress.say, lambda: self.stop_asked > 1):
             pass
-        if stage.folder.is_complete:  # judged by what it left, should the launcher stumble at its end
-            seconds = self.history.seconds[stage.name]
-            self.progress.say(f"{self.progress.head(stage)}: complete after {seconds:.0f} s.")
-            return 0
-        if code == EXIT_STOPPED or (self.stop_asked and ended_as_asked(process, code)):
-            return self._stopped(stage)
-        return self._failed(stage, process, code)
+        status = rank_status(code, process.tail(100))
+        if self.stop_asked and ended_as_asked(process, code):
+            status = EXIT_STOPPED
+        return status, process.tail()
+
+    def _say_again(self, stage: Stage, status: int, step: int, restarts: Restarts) -> None:
+        text = (
+            f"{self.progress.head(stage)}: crashed with exit status {status}. Starts again from step {step} "
+            f"({restarts.wasted} of retries={restarts.allowed} used without a new checkpoint)."
+        )
+        self.progress.say(text)
+        with stage.log.open("a") as log:
+            log.write(f"{text}\n")
 
     def _note_start(self, stage: Stage) -> None:
         goes_on = any(stage.folder.checkpoints.glob("step-*/manifest.json"))
@@ -158,9 +181,9 @@ class Pipeline:
         self.progress.say(f"{self.progress.head(stage)}: stopped. The same command goes on.")
         return EXIT_STOPPED
 
-    def _failed(self, stage: Stage, process: StageProcess, code: int) -> int:
+    def _failed(self, stage: Stage, output: list[str], code: int) -> int:
         self.progress.say(f"{self.progress.head(stage)}: failed with exit status {code}. The end of its log:")
-        tail = "\n".join(f"  {line}" for line in process.tail())
+        tail = "\n".join(f"  {line}" for line in output)
         print(
             f"{tail}\nstages.{stage.name}: failed. Mend what {stage.log} says, then start again.",
             file=sys.stderr,

@@ -25,6 +25,7 @@ OWN = {
     "init_from": "stages start from the one before. Use init_from=RUN for the first",
     "accelerate": "all stages are started alike. Use accelerate=NAME",
     "processes": "all stages are started alike. Use processes=N",
+    "retries": "all stages are started again alike. Use retries=N",
 }
 """Keys that are for the pipeline itself, and what to say to those who set them for a stage."""
 
@@ -40,7 +41,8 @@ class Request:
     """A pipeline's command line. `words` are for every stage, `stage_words` for one of them.
 
     `num_processes` None leaves their number to the accelerate config; that is None where `train.py` is
-    started without a launcher. `world_size` is the number of ranks that there will be.
+    started without a launcher. `world_size` is the number of ranks that there will be. A stage may crash
+    `retries` times in a row without a new checkpoint and is started again.
     """
 
     pipeline: Path
@@ -51,6 +53,7 @@ class Request:
     accelerate: Path | None = None
     num_processes: int | None = None
     world_size: int = 1
+    retries: int = 2
 
 
 def read_request(pipeline: str, words: list[str]) -> Request:
@@ -74,7 +77,7 @@ def read_request(pipeline: str, words: list[str]) -> Request:
             own[key] = value
         else:
             (request.stage_words.setdefault(stage, []) if stage else request.words).append(text)
-    for take in (_take_pipeline, _take_processes, _take_accelerate):
+    for take in (_take_pipeline, _take_processes, _take_retries, _take_accelerate):
         try:
             take(own, request)
         except ValueError as error:
@@ -109,6 +112,13 @@ def _take_processes(own: dict[str, str], request: Request) -> None:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"processes={text}: must be a whole number above 0. Use 1.")
     request.num_processes = int(text) if "processes" in own else None
+
+
+def _take_retries(own: dict[str, str], request: Request) -> None:
+    text = own.get("retries", str(request.retries))
+    if not text.isdecimal():
+        raise ValueError(f"retries={text}: must be a whole number. Use 2, or 0 for none.")
+    request.retries = int(text)
 
 
 def _take_accelerate(own: dict[str, str], request: Request) -> None:

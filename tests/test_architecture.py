@@ -41,6 +41,7 @@ TORCH_FREE = {
     "train/request.py",
     "train/sampling.py",
     "train/sinks.py",
+    "train/stopping.py",
     "train/stored.py",
     "train/tensor_files.py",
     "train/model/shapes.py",
@@ -66,6 +67,7 @@ FOR_LAUNCH = (
     "train.parent",
     "train.first_weights",
     "train.sinks",
+    "train.stopping",
 )
 
 
@@ -112,8 +114,8 @@ def test_imports_follow_the_arrows(path):
         assert "torch" not in roots, f"{name} imports torch"
 
 
-def test_a_pipeline_leaves_torch_alone():
-    code = "import sys, launch.pipeline; sys.exit('torch' in sys.modules)"
+def test_pipelines_and_slurm_leave_torch_alone():
+    code = "import sys, launch.pipeline, launch.slurm; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

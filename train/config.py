@@ -69,6 +69,13 @@ class Schedule(Enum):
     wsd = "wsd"
 
 
+class OnSpikes(Enum):
+    """After too many skipped steps in a row: `stop`, or take earlier weights and go on with later data."""
+
+    stop = "stop"
+    rollback = "rollback"
+
+
 class LossNorm(Enum):
     """What every supervised token weighs: the same, 1/n of its sample's n tokens, or 1/sqrt(n)."""
 
@@ -122,7 +129,10 @@ class ModuleLR:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its schedule. `warmup` and `decay` are shares of all steps; `decay` is for wsd (0.1)."""
+    """AdamW and its schedule. `warmup` and `decay` are shares of all steps; `decay` is for wsd (0.1).
+
+    A step whose gradient norm is above `spike_factor` times the median of the last applied ones is skipped.
+    """
 
     lr: float = 1e-5
     module_lr: ModuleLR = field(default_factory=ModuleLR)
@@ -135,6 +145,7 @@ class OptimConfig:
     beta2: float = 0.98
     eps: float = 1e-8
     clip: float = 1.0
+    spike_factor: float | None = None
 
     @property
     def decay_share(self) -> float:
@@ -161,6 +172,8 @@ class OptimConfig:
         for name, good in (("eps", 1e-8), ("clip", 1.0)):
             if not _positive(getattr(self, name)):
                 found.append(f"{name}={getattr(self, name)}: must be above 0. Use {good}.")
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            found.append(f"spike_factor={self.spike_factor}: must be above 1. Use 10, or null for none.")
         return found
 
 
@@ -169,6 +182,8 @@ class TrainConfig:
     """Length and batch of a run. Without `steps` and `epochs` it is one epoch of the mixture.
 
     `stage_steps` are steps by stage, for a config that serves several; `steps` or `epochs` replace them.
+    After `max_minutes`, counted from the start of the process, the run saves and ends, to go on later. A
+    rank that makes no progress for `hang_seconds` says what it was at and ends (null: it may wait for ever).
     """
 
     steps: int | None = None
@@ -178,13 +193,23 @@ class TrainConfig:
     micro_batch_packs: int = 1
     loss: LossNorm = LossNorm.token
     max_skipped_steps: int = 10
+    on_spikes: OnSpikes = OnSpikes.stop
+    max_minutes: float | None = None
+    hang_seconds: float | None = 1800.0
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
         found = []
         if self.steps is not None and self.epochs is not None:
             found.append(f"steps={self.steps}: train.epochs={self.epochs} is set too. Set one of them.")
-        for name in ("steps", "epochs", "packs_per_step", "micro_batch_packs", "max_skipped_steps"):
+        for name in (
+            "steps",
+            "epochs",
+            "packs_per_step",
+            "micro_batch_packs",
+            "max_skipped_steps",
+            "max_minutes",
+        ):
             value = getattr(self, name)
             if value is not None and not _positive(value):
                 found.append(f"{name}={value}: must be above 0.")
@@ -241,25 +266,36 @@ class EvalConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """How often to save and how many to keep."""
+    """How often to save, in steps, and what to keep: the last `keep`, and every one at a multiple of
+    `keep_every`. `background` writes while training goes on, from a copy in host memory."""
 
     every: int = 500
     keep: int = 2
+    keep_every: int | None = None
+    background: bool = True
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
-        return [
+        found = [
             f"{name}={getattr(self, name)}: must be at least 1."
-            for name in ("every", "keep")
-            if getattr(self, name) < 1
+            for name in ("every", "keep", "keep_every")
+            if getattr(self, name) is not None and getattr(self, name) < 1
         ]
+        if not found and self.keep_every and self.keep_every % self.every:
+            found.append(
+                f"keep_every={self.keep_every}: must be a multiple of checkpoint.every={self.every}. "
+                f"Use {-(-self.keep_every // self.every) * self.every}."
+            )
+        return found
 
 
 @dataclass(kw_only=True, slots=True)
 class LogConfig:
-    """What is shown. `peak_tflops` of one device is needed for MFU where it is not known by name."""
+    """What is shown. `peak_tflops` of one device is needed for MFU where it is not known by name;
+    `samples` writes the keys of every step's samples into `samples.jsonl`."""
 
     every: int = 10
+    samples: bool = False
     peak_tflops: float | None = None
     wandb: WandbMode = WandbMode.off
     wandb_project: str = "omni-trainer"
@@ -317,6 +353,11 @@ class RunConfig:
         if self.train.steps is not None or self.train.epochs is not None:
             return self.train.steps
         return self.train.stage_steps.get(self.stage)
+
+    @property
+    def num_epochs(self) -> float | None:
+        """Epochs of the mixture after which this run ends, where they decide and not steps."""
+        return None if self.num_steps is not None else self.train.epochs or 1.0
 
     def learning_rate(self, module: str) -> float:
         """Returns the peak learning rate of one module."""

@@ -15,7 +15,7 @@ import os
 import socket
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -39,11 +39,16 @@ from train.fragments import (
 from train.optim import build_optimizer, group_module
 
 PATIENCE = timedelta(hours=12)
+MARGIN_SECONDS = 600.0
+"""How long after `train.hang_seconds` a collective ends by itself, so that the watchdog speaks first."""
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What an update did. `module_norms` are gradient norms before clipping, per module."""
+    """What an update did. `grad_norm` and, per module, `module_norms` are before clipping.
+
+    A step that was not applied changed nothing; with a finite norm it was above its limit.
+    """
 
     applied: bool
     grad_norm: float
@@ -62,11 +67,14 @@ class Engine(ABC):
         several = self.world_size > 1
         # Small sums go through host memory, so that no device is waited for.
         on_device = several and dist.get_backend() != "gloo"
-        self._host_group: Any = dist.new_group(backend="gloo") if on_device else None
+        limit = collective_timeout(config)
+        self._host_group: Any = dist.new_group(backend="gloo", timeout=limit) if on_device else None
         # Counting tokens, saving and merging weights may take longer than any collective should.
         self._patient_group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
+        self.sign: Callable[[str], None] = lambda what: None
+        """Is told what begins that may wait for other ranks (train/watchdog.py)."""
 
     @property
     def is_main(self) -> bool:
@@ -86,8 +94,8 @@ class Engine(ABC):
         """Adds gradients of `loss`, this rank's share of a sum over all ranks and micro-batches."""
 
     @abstractmethod
-    def step(self) -> StepResult:
-        """Clips, checks that all is finite, and updates on all ranks or on none."""
+    def step(self, limit: float = math.inf) -> StepResult:
+        """Clips and updates on all ranks; on none where the gradient norm is not finite or above `limit`."""
 
     @abstractmethod
     def trained_fragments(self) -> Iterator[Fragment]:
@@ -118,6 +126,7 @@ class Engine(ABC):
         """Returns the element-wise sum over all ranks, through host memory: no device is waited for."""
         if self.world_size == 1:
             return values
+        self.sign("a sum over all ranks")
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self._host_group)
         return tensor.tolist()
@@ -125,6 +134,7 @@ class Engine(ABC):
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the sum of `tensor` over all ranks, in place."""
         if self.world_size > 1:
+            self.sign("a sum over all ranks")
             dist.all_reduce(tensor)
         return tensor
 
@@ -132,6 +142,7 @@ class Engine(ABC):
         """Returns every rank's `value`, on every rank. Slow: for errors and saves."""
         if self.world_size == 1:
             return [value]
+        self.sign("gathering from all ranks")
         values: list = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._patient_group)
         return values
@@ -148,6 +159,7 @@ class Engine(ABC):
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world_size > 1:
+            self.sign("waiting for all ranks")
             dist.barrier(group=self._patient_group)
 
     def close(self) -> None:
@@ -177,6 +189,7 @@ class DDPEngine(Engine):
         self.wrapped = accelerator.prepare_model(self.model) if self.world_size > 1 else self.model
 
     def forward(self, batch):  # noqa: D102
+        self.sign("a forward pass")
         module = self.wrapped if torch.is_grad_enabled() else self.model
         return self._autocast(module, batch)
 
@@ -191,13 +204,15 @@ class DDPEngine(Engine):
         return contextlib.nullcontext() if last else no_sync()
 
     def backward(self, loss):  # noqa: D102
+        self.sign("a backward pass")
         (loss * self.world_size).backward()
 
-    def step(self):  # noqa: D102
+    def step(self, limit=math.inf):  # noqa: D102
+        self.sign("the update")
         groups = [[p.grad for p in group["params"]] for group in self.optimizer.param_groups]
         norms = torch.stack([_norm(grads) for grads in groups]).tolist()
         result = self._groups_to_modules(norms)
-        result.applied = math.isfinite(result.grad_norm)
+        result.applied = math.isfinite(result.grad_norm) and result.grad_norm <= limit
         if result.applied:
             scale = self.config.optim.clip / (result.grad_norm + 1e-6)
             if scale < 1:
@@ -243,7 +258,10 @@ class DeepSpeedEngine(Engine):
         self.zero = self.ds.optimizer
         self.optimizer = self.zero.optimizer
         self._norms: list[float] = []
+        self._limit = math.inf
+        self._is_above_limit = False
         self._record_group_norms()
+        self._refuse_what_is_above_limit()
 
     def _record_group_norms(self) -> None:
         # DeepSpeed computes a norm per group (per sub-group in stage 3) on its way to the global
@@ -262,7 +280,26 @@ class DeepSpeedEngine(Engine):
 
         setattr(self.zero, name, listen)
 
+    def _refuse_what_is_above_limit(self) -> None:
+        # Between these norms and the update DeepSpeed looks whether they are finite, and skips the step on
+        # all ranks where they are not, clearing what it gathered. So a norm above the limit is shown as
+        # infinite. The norms are equal on all ranks, and so is the verdict.
+        name = "_get_norm_groups" if self._stage3 else "scaled_global_norm"
+        original = getattr(self.zero, name)
+
+        def judge(*arguments, **keywords):
+            found = original(*arguments, **keywords)
+            total = self._groups_to_modules(self._group_norms()).grad_norm
+            is_sound = all(norm >= 0 and math.isfinite(norm) for norm in self._norms)  # -1 says it was not
+            self._is_above_limit = is_sound and total > self._limit
+            if not self._is_above_limit:
+                return found
+            return [math.inf for _ in found] if self._stage3 else math.inf
+
+        setattr(self.zero, name, judge)
+
     def forward(self, batch):  # noqa: D102
+        self.sign("a forward pass")
         return self.ds(batch)
 
     @contextlib.contextmanager
@@ -273,14 +310,17 @@ class DeepSpeedEngine(Engine):
             self.ds.step()  # only counts the micro-batch
 
     def backward(self, loss):  # noqa: D102
+        self.sign("a backward pass")
         self.ds.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self):  # noqa: D102
+    def step(self, limit=math.inf):  # noqa: D102
+        self.sign("the update")
         self._norms.clear()
+        self._limit, self._is_above_limit = limit, False
         self.ds.step()
         result = self._groups_to_modules(self._group_norms())
         result.applied = bool(self.ds.was_step_applied())
-        if not result.applied:
+        if not result.applied and not self._is_above_limit:
             # DeepSpeed's norms are placeholders then.
             return StepResult(applied=False, grad_norm=math.inf, module_norms={})
         return result
@@ -343,20 +383,23 @@ def start_engine(config: RunConfig):
     if config.zero.stage == 0:
         # Set by `accelerate launch --use_deepspeed`; with it, plain DDP would want a plugin.
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 
     world_size = int(os.environ["WORLD_SIZE"])
     if found := refuse_world(config, world_size):
         raise ValueError("\n".join(found))
     plugin = _plugin(config, world_size) if config.zero.stage else None
+    limit = collective_timeout(config)
     if not torch.cuda.is_available():
-        PartialState(cpu=True)  # otherwise accelerate takes every CPU rank for a world of its own
+        PartialState(
+            cpu=True, timeout=limit
+        )  # otherwise accelerate takes every CPU rank for a world of its own
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     precision = "bf16" if config.precision is Precision.bf16 and plugin else "no"
     return Accelerator(
         deepspeed_plugin=plugin,
         mixed_precision=precision,
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=limit)],
         gradient_accumulation_steps=accumulation(config, world_size),
     )
 
@@ -380,6 +423,12 @@ def build_engine(config: RunConfig, accelerator, model: nn.Module) -> DDPEngine 
     Its weights have no values yet: `train.checkpoint.copy_weights` or `restore_checkpoint` fills them.
     """
     return (DeepSpeedEngine if config.zero.stage else DDPEngine)(config, accelerator, model)
+
+
+def collective_timeout(config: RunConfig) -> timedelta | None:
+    """Returns how long a collective may last; None is the library's own limit."""
+    seconds = config.train.hang_seconds
+    return None if seconds is None else timedelta(seconds=seconds + MARGIN_SECONDS)
 
 
 def accumulation(config: RunConfig, world_size: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ FREE = (
     "zero",
     "train.micro_batch_packs",
     "train.max_skipped_steps",
+    "train.on_spikes",
+    "train.max_minutes",
+    "train.hang_seconds",
+    "optim.spike_factor",
     "data.max_bad_share",
     "data.workers",
     "data.prefetch",
@@ -32,6 +38,17 @@ FREE = (
 """What may change when a run goes on: where, how fast and how patiently, not what is computed."""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds a file's path to an OSError that does not say where, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 class RunFolder:
     """Paths of a run and the rules for starting in it."""
 
@@ -39,7 +56,9 @@ class RunFolder:
         self.path = Path(config.run)
         self.config_file = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
-        self.skipped = self.path / "skipped.jsonl"
+        self.spikes = self.path / "spikes"
+        self.hangs = self.path / "hangs"
+        self.samples = self.path / "samples.jsonl"
         self.ledger = self.path / "ledger.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
@@ -76,7 +95,8 @@ class RunFolder:
         """Makes the folder and writes `config.yaml` (main rank only)."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         partial = self.path / ".config.yaml.partial"
-        partial.write_text(to_yaml(config))
+        with naming(partial):
+            partial.write_text(to_yaml(config))
         partial.replace(self.config_file)
 
     def record_at(self, step: int) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +13,27 @@ import torch
 from data.ledger import Ledger
 from data.loader import Loader, StepBatches
 from data.sample import Batch, Dropped
-from train.checkpoint import save_checkpoint
 from train.compose import to_yaml
-from train.config import RunConfig
+from train.config import OnSpikes, RunConfig
 from train.engine import Engine, StepResult
 from train.flops import TOWER_PARTS, training_flops, work_of
-from train.folder import RunFolder
+from train.folder import RunFolder, naming
 from train.meters import Meters
+from train.rollback import MAX_ROLLBACKS, roll_back
+from train.saver import Saver
 from train.schedule import lr_factor
 from train.sinks import Sink
+from train.spikes import GradientNorms, describe_skip, keep_spike
 from train.stage import versions
+from train.stopping import StopRequests, reason_of
+from train.watchdog import Watchdog
 
 Evaluate = Callable[[int], "dict[str, Any] | None"]
 """Evaluates after a step on held-out samples, where there are any."""
 
 
 class Preempted(Exception):
-    """The run was asked to end (SIGTERM); its state is saved."""
+    """The run was asked to end (a signal, or its time limit); its state is saved."""
 
 
 @dataclass(slots=True)
@@ -52,18 +55,22 @@ class Training:
     config: RunConfig
     engine: Engine
     loader: Loader
+    saver: Saver
     meters: Meters
     ledger: Ledger
     folder: RunFolder
     evaluate: Evaluate
     total_steps: int
+    stopping: StopRequests
+    watchdog: Watchdog
     quarantined: list[Dropped] = field(default_factory=list)
     step: int = 0
+    norms: GradientNorms = field(default_factory=lambda: GradientNorms(None))
     skipped_in_a_row: int = 0
+    rollbacks: int = 0
     good: int = 0
     bad: int = 0
     sinks: list[Sink] = field(default_factory=list)
-    stop_asked: bool = False
     last_record: dict[str, Any] = field(default_factory=dict)
     record_due: bool = False
     parent_weights_digest: str | None = None
@@ -73,10 +80,10 @@ def train(run: Training) -> Path:
     """Runs from `run.step` to `run.total_steps` and returns the last checkpoint.
 
     Raises:
-        Preempted: after SIGTERM, with a checkpoint of the last finished step.
+        Preempted: after a request to end, with a checkpoint of the last finished step.
         ValueError, RuntimeError: too many bad samples, or too many steps in a row that had to be skipped.
     """
-    _listen_for_sigterm(run)
+    run.stopping.training = True
     checkpoint = run.folder.checkpoints / f"step-{run.step:08d}"
     run.meters.start()
     if run.record_due:
@@ -85,16 +92,23 @@ def train(run: Training) -> Path:
         totals = count(run, work)
         result = train_step(run, work, totals)
         run.step = work.step
-        # Asked after the update, so that a SIGTERM costs no further step before the save.
-        stop = run.engine.sum_over_ranks([float(run.stop_asked)])[0] > 0
-        due = Due.at(run, stop)
+        went_back = _roll_back_if_due(run)
+        # Asked after the update, so that a signal costs no further step before the save.
+        flags = run.engine.sum_over_ranks([*run.stopping.flags(), float(run.saver.is_written)])
+        stop = reason_of(flags[:-1])
+        if flags[-1] == run.engine.world_size:
+            with run.meters.saving():
+                run.saver.complete()
+        if run.config.log.samples:
+            _write_samples(run, work)
+        due = Due.at(run, stop=bool(stop) or went_back)
         if due.log:
             run.last_record = _measure(run, work, result)
         if due.save:  # before an evaluation, so that an end during that loses no step
-            checkpoint = _save(run, work)
-        if due.log:
-            _write_record(run, evaluate=due.evaluate)
-        _check_stop_rules(run, stop)
+            checkpoint = _save(run, work, wait=bool(stop) or due.evaluate)
+        if due.log and not (stop and due.evaluate and run.step < run.total_steps):
+            _write_record(run, evaluate=due.evaluate)  # else the next start does it: there is no time now
+        _check_stop_rules(run, stop, checkpoint)
         if run.step == run.total_steps:
             break
     return checkpoint
@@ -104,8 +118,10 @@ def _steps(run: Training) -> Iterator[StepBatches]:
     if run.step >= run.total_steps:
         return
     for work in run.loader:
+        run.watchdog.begin(work)
         run.meters.waited(work.wait_seconds)
         yield work
+        run.watchdog.sign("waiting for data")
 
 
 def count(run: Training, work: StepBatches) -> Totals:
@@ -144,11 +160,14 @@ def train_step(run: Training, work: StepBatches, totals: Totals) -> StepResult |
             engine.backward(loss_sum / totals.weight)
         run.meters.add(batch, row_losses, _flops(on_host, config))
         losses.append(row_losses)
-    result = engine.step()
+    limit = run.norms.limit()
+    result = engine.step(limit)
     run.meters.end_step(fill=work.fill, skipped=not result.applied)
     run.skipped_in_a_row = 0 if result.applied else run.skipped_in_a_row + 1
-    if not result.applied:
-        _report_skip(run, work, losses)
+    if result.applied:
+        run.norms.applied.append(result.grad_norm)
+    else:
+        _report_skip(run, work, [each.cpu() for each in losses], result, limit, totals)
     return result
 
 
@@ -160,25 +179,24 @@ def _flops(batch: Batch, config: RunConfig) -> float:
     return sum(flops for part, flops in parts.items() if tower is None or part in TOWER_PARTS[tower])
 
 
-def _report_skip(run: Training, work: StepBatches, losses: list[torch.Tensor]) -> None:
-    mine: list[str] = []
-    for batch, row_losses in zip(work.batches, losses):
-        mine += suspects(batch, row_losses.cpu())
-    named = sorted({key for keys in run.engine.gather_objects(mine) for key in keys})
-    if not named:  # the loss was finite everywhere, so the gradient overflowed on the way back
-        everything = [f"{s.source}/{s.key}" for batch in work.batches for s in batch.samples]
-        named = sorted({key for keys in run.engine.gather_objects(everything) for key in keys})
+def _report_skip(
+    run: Training,
+    work: StepBatches,
+    losses: list[torch.Tensor],
+    result: StepResult,
+    limit: float,
+    totals: Totals,
+) -> None:
+    mine = sum(float((batch.weights * each).sum()) for batch, each in zip(work.batches, losses))
+    facts = {
+        "loss": run.engine.sum_over_ranks([mine])[0] / totals.weight,
+        "grad_norm": result.grad_norm,
+        "grad_norm_by_module": result.module_norms,
+        "limit": limit,
+    }
+    seen = keep_spike(run.engine, run.folder.spikes, work, losses, run.loader.folders, facts)
     if run.engine.is_main:
-        with run.folder.skipped.open("a") as file:
-            file.write(json.dumps({"step": work.step, "samples": named}) + "\n")
-        shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
-        print(f"step {work.step}: loss or gradient is not finite; nothing was changed. Samples: {shown}")
-
-
-def suspects(batch: Batch, row_losses: torch.Tensor) -> list[str]:
-    """Returns `source/key` of every sample with a loss that is not finite."""
-    places = batch.sample[~torch.isfinite(row_losses)].unique().tolist()
-    return [f"{batch.samples[place].source}/{batch.samples[place].key}" for place in places]
+        print(describe_skip(work.step, result, limit, seen), flush=True)
 
 
 @dataclass(slots=True)
@@ -191,7 +209,7 @@ class Due:
 
     @classmethod
     def at(cls, run: Training, stop: bool) -> Due:
-        """Returns what is due: everything at the end, a save when asked to stop."""
+        """Returns what is due: everything at the end, a save when asked to stop or gone back."""
         config, step = run.config, run.step
         last = step == run.total_steps
         evaluate = last or bool(config.eval.every and step % config.eval.every == 0)
@@ -228,11 +246,22 @@ def _write_record(run: Training, *, evaluate: bool) -> None:
             held_out = run.evaluate(run.step)
         if held_out:
             run.last_record["held_out"] = held_out
+    run.last_record["save_seconds"] = run.meters.take_save_seconds()
     for sink in run.sinks:
         sink.write(run.last_record)
 
 
-def _save(run: Training, work: StepBatches) -> Path:
+def _write_samples(run: Training, work: StepBatches) -> None:
+    """Adds the keys of a step's samples, over all ranks, to `samples.jsonl`."""
+    mine = [f"{info.source}/{info.key}" for batch in work.batches for info in batch.samples]
+    named = sorted(key for keys in run.engine.gather_objects(mine) for key in keys)
+    if run.engine.is_main:
+        with run.folder.samples.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": work.step, "samples": named}, ensure_ascii=False) + "\n")
+
+
+def _save(run: Training, work: StepBatches, *, wait: bool) -> Path:
+    """Saves; without `wait` the checkpoint is complete some steps later."""
     ledger = write_ledger(run)
     state = {
         "step": run.step,
@@ -242,15 +271,18 @@ def _save(run: Training, work: StepBatches) -> Path:
         "bad": run.bad,
         "skipped_steps": run.meters.skipped_steps,
         "skipped_in_a_row": run.skipped_in_a_row,
+        "rollbacks": run.rollbacks,
+        "gradient_norms": list(run.norms.applied),
         "record": run.last_record,
         "parent_weights_digest": run.parent_weights_digest,
         "config": to_yaml(run.config),
         "versions": versions(),
     }
-    with run.meters.paused():
-        return save_checkpoint(
-            run.engine, run.folder.checkpoints, run.step, state, run.config.checkpoint.keep
-        )
+    with run.meters.saving():
+        checkpoint = run.saver.save(run.step, state)
+        if wait:
+            run.saver.finish()
+    return checkpoint
 
 
 def write_ledger(run: Training) -> Ledger:
@@ -259,17 +291,16 @@ def write_ledger(run: Training) -> Ledger:
     for dropped in run.quarantined:
         merged.add(dropped, step=0)
     if run.engine.is_main:
-        merged.write(run.folder.ledger)
+        with naming(run.folder.ledger):
+            merged.write(run.folder.ledger)
     return merged
 
 
-def _check_stop_rules(run: Training, stop: bool) -> None:
+def _check_stop_rules(run: Training, stop: str, checkpoint: Path) -> None:
     if stop and run.step < run.total_steps:
-        raise Preempted(f"step {run.step}: asked to stop; saved. Start the same command again to go on.")
-    if run.skipped_in_a_row >= run.config.train.max_skipped_steps:
-        raise RuntimeError(
-            f"step {run.step}: {run.skipped_in_a_row} steps in a row had a loss or gradient that is not "
-            f"finite (train.max_skipped_steps). See {run.folder.skipped}; lower optim.lr or mend the data."
+        raise Preempted(
+            f"step {run.step}: asked to stop; saved in {checkpoint} ({stop}). "
+            "Start the same command again to go on."
         )
     try:
         run.ledger.check(run.config.data.max_bad_share, good=run.good, bad=run.bad)
@@ -278,8 +309,36 @@ def _check_stop_rules(run: Training, stop: bool) -> None:
         raise
 
 
-def _listen_for_sigterm(run: Training) -> None:
-    def ask(*_: object) -> None:
-        run.stop_asked = True
+def _roll_back_if_due(run: Training) -> bool:
+    """Goes back to earlier weights after too many skipped steps, where the config asks for that.
 
-    signal.signal(signal.SIGTERM, ask)
+    Raises:
+        ValueError: it does not, has been back too often, or there is no checkpoint to go back to.
+    """
+    count, config = run.skipped_in_a_row, run.config.train
+    if count < config.max_skipped_steps:
+        return False
+    can = config.on_spikes is OnSpikes.rollback and run.rollbacks < MAX_ROLLBACKS
+    run.saver.finish()  # so that which checkpoints there are does not depend on the speed of the disk
+    first = run.step - count  # the last step that changed anything: its weights failed at every step since
+    found = roll_back(run.engine, run.folder.checkpoints, first, run.norms) if can else None
+    if found is None:
+        raise ValueError(_say_why_it_ends(run))
+    run.rollbacks += 1
+    run.skipped_in_a_row = 0
+    if run.engine.is_main:
+        print(f"step {run.step}: {count} steps in a row changed nothing; goes on with {found}.", flush=True)
+    return True
+
+
+def _say_why_it_ends(run: Training) -> str:
+    config = run.config.train
+    advice = "Lower optim.lr, mend the data, or set train.on_spikes=rollback."
+    if config.on_spikes is OnSpikes.rollback:
+        advice = f"It went back {run.rollbacks} times. Lower optim.lr or mend the data."
+        if run.rollbacks < MAX_ROLLBACKS:
+            advice = "No checkpoint is old enough to go back to. Raise checkpoint.keep, or lower optim.lr."
+    return (
+        f"train.max_skipped_steps={config.max_skipped_steps}: so many steps in a row changed nothing, up to "
+        f"step {run.step}. {run.folder.spikes} keeps them. {advice}"
+    )

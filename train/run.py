@@ -15,7 +15,7 @@ from data.plan import Planner
 from train import stage
 from train.adapters import add_adapters
 from train.banner import describe_data, describe_run, describe_sample, module_sizes
-from train.checkpoint import PieceReader, copy_weights, newest_checkpoint, restore_checkpoint
+from train.checkpoint import copy_weights, open_newest, restore_checkpoint
 from train.compose import readable_errors
 from train.config import Precision, RunConfig
 from train.data import (
@@ -33,15 +33,17 @@ from train.flops import peak_flops
 from train.folder import RunFolder
 from train.held_out import EVALUATION, HeldOut
 from train.loop import Preempted, Training, train, write_ledger
+from train.manifest import remove_partial
 from train.meters import Meters
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model
 from train.model.stand_in import MODEL_OF
+from train.saver import Saver
 from train.sinks import Sink, SinkRun, build_sinks, keep_until
+from train.spikes import GradientNorms
+from train.stopping import EXIT_STOPPED, StopRequests
+from train.watchdog import Watchdog
 from train.weights import FirstWeightsReader
-
-EXIT_PREEMPTED = 75
-"""Exit status of a run that was asked to end and saved its state (sysexits' "try again later")."""
 
 
 def run(config: RunConfig) -> None:
@@ -51,13 +53,17 @@ def run(config: RunConfig) -> None:
     if folder.is_complete:
         print(f"run={folder.path}: already complete. Its result is in {folder.final}.")
         return
+    stopping = StopRequests(config.train.max_minutes)
+    stopping.listen()
     first = open_first_weights(config)
     accelerator = start_engine(config)
     with readable_errors(every_rank=True):
-        _run(config, folder, first, accelerator)
+        _run(config, folder, first, accelerator, stopping)
 
 
-def _run(config: RunConfig, folder: RunFolder, first: FirstWeights, accelerator) -> None:
+def _run(
+    config: RunConfig, folder: RunFolder, first: FirstWeights, accelerator, stopping: StopRequests
+) -> None:
     started = time.time()
     torch.manual_seed(config.seed)
     model = meta_model(config.model, config.media, MODEL_OF[config.objective.value])
@@ -68,25 +74,31 @@ def _run(config: RunConfig, folder: RunFolder, first: FirstWeights, accelerator)
     engine = build_engine(config, accelerator, model)
     if engine.is_main:
         folder.create(config)
+        remove_partial(folder.checkpoints)
     encoder = build_encoder(config)
     tables = load_tables(config, engine, encoder, "train")
     held_out, answered = load_held_out(config, engine, encoder)
     _check_held_out(config, held_out)
     check_cache(config, tables, held_out)
-    planner = build_planner(config, tables, epochs=_epochs(config))
+    planner = build_planner(config, tables, epochs=config.num_epochs)
     total_steps = config.num_steps or planner.num_steps()
     assert total_steps is not None
     training = Training(
         config=config,
         engine=engine,
         loader=build_loader(config, engine, tables, encoder, planner),
+        saver=Saver(engine, folder.checkpoints, config.checkpoint),
         meters=Meters([table.name for table in tables.tables], engine.device, peak=_peak(config, engine)),
         ledger=Ledger(),
         folder=folder,
         evaluate=HeldOut(config, engine, held_out, answered, encoder, folder.path / "eval"),
         total_steps=total_steps,
+        stopping=stopping,
+        norms=GradientNorms(config.optim.spike_factor),
+        watchdog=Watchdog(config.train.hang_seconds, engine.rank, folder.hangs),
         quarantined=tables.quarantined + held_out.quarantined,
     )
+    engine.sign = training.watchdog.sign
     beginning = _begin(training, planner, first, beginnings)
     write_ledger(training)
     if engine.is_main:
@@ -126,20 +138,17 @@ def _train_or_exit(training: Training) -> Path:
     except Preempted as error:
         _close(training)
         print(error)
-        sys.exit(EXIT_PREEMPTED)
+        sys.exit(EXIT_STOPPED)
+    finally:
+        training.watchdog.stop()
 
 
 def _close(training: Training) -> None:
     training.loader.close()
     for sink in training.sinks:
         sink.close()
+    training.saver.close()
     training.engine.close()
-
-
-def _epochs(config: RunConfig) -> float | None:
-    if config.num_steps is not None:
-        return None
-    return config.train.epochs or 1.0
 
 
 def _peak(config: RunConfig, engine: Engine) -> float | None:
@@ -153,17 +162,17 @@ def _peak(config: RunConfig, engine: Engine) -> float | None:
 def _begin(
     training: Training, planner: Planner, first: FirstWeights, beginnings: FirstWeightsReader
 ) -> list[str]:
-    """Restores the newest checkpoint, or copies the first weights; returns in words which.
+    """Restores the newest whole checkpoint, or copies the first weights; returns in words which.
 
     Raises:
-        ValueError: the checkpoint is damaged, or its first weights are not those of now.
+        ValueError: no checkpoint is whole, or its first weights are not those of now.
     """
     training.parent_weights_digest = first.digest
-    newest = newest_checkpoint(training.folder.checkpoints)
-    if newest is None:
+    reader = open_newest(training.engine, training.folder.checkpoints)
+    if reader is None:
         copy_weights(training.engine, beginnings)
+        _cut_back(training)
         return first.report()
-    reader = PieceReader(newest)
     _check_parent(training, reader.state)
     restore_checkpoint(training.engine, reader)
     state = reader.state
@@ -171,13 +180,19 @@ def _begin(
     training.step = state["step"]
     training.good, training.bad = state["good"], state["bad"]
     training.meters.skipped_steps = state["skipped_steps"]
-    training.skipped_in_a_row = state["skipped_in_a_row"]
+    training.skipped_in_a_row, training.rollbacks = state["skipped_in_a_row"], state.get("rollbacks", 0)
+    training.norms.restore(state.get("gradient_norms", []))
     _restore_record(training, state["record"])
     if training.engine.is_main:
         training.ledger.restore(state["ledger"])
-        if training.folder.skipped.exists():
-            keep_until(training.folder.skipped, training.step)
-    return [f"Goes on after step {training.step} from {newest}."]
+    _cut_back(training)
+    return [f"Goes on after step {training.step} from {reader.folder}."]
+
+
+def _cut_back(training: Training) -> None:
+    """Drops what later steps have left: they are done again."""
+    if training.engine.is_main and training.folder.samples.exists():
+        keep_until(training.folder.samples, training.step)
 
 
 def _check_parent(training: Training, state: dict[str, Any]) -> None:

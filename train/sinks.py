@@ -17,6 +17,7 @@ from typing import Any, Protocol, TextIO
 from tqdm import tqdm
 
 from train.config import LogConfig, WandbMode
+from train.folder import naming
 
 Record = dict[str, Any]
 
@@ -53,12 +54,14 @@ class JsonlSink:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             keep_until(path, step)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Appends the record."""
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
@@ -76,7 +79,8 @@ def keep_until(path: Path, step: int) -> None:
 
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     beside = path.with_name(path.name + ".part")
-    beside.write_text("".join(line + "\n" for line in lines if stays(line)), encoding="utf-8")
+    with naming(beside):
+        beside.write_text("".join(line + "\n" for line in lines if stays(line)), encoding="utf-8")
     os.replace(beside, path)
 
 

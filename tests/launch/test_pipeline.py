@@ -293,7 +293,7 @@ TWO_RANKS = ("accelerate=cpu2", "zero=none", "train.steps=5000")
 
 def test_ranks_never_outlive_their_pipeline_or_their_launcher_for_long(done, tmp_path, started):
     runs = tmp_path / "runs"
-    given = words(runs, done.data, *TWO_RANKS)
+    given = words(runs, done.data, *TWO_RANKS, "retries=0")
     pipeline = write_pipeline(tmp_path, ONE_STAGE)
     process = started(pipeline, given)
     wait_for_step(process, runs / "vision_align", 3)

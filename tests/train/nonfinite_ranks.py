@@ -1,6 +1,8 @@
-"""Run on every rank by test_nonfinite.py: one poisoned step between two good ones, on a real engine."""
+"""Run on every rank by test_nonfinite.py, on a real engine: a good step, one poisoned on one rank, one
+above its limit, and that once more without a limit."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -49,15 +51,17 @@ def main(zero: str, precision: str, out: str) -> None:
     engine = build_engine(config, accelerator, model)
     copy_weights(engine, weights)
     results = []
-    for step in (1, 2, 3):
+    for step, number, limit in ((1, 1, math.inf), (2, 2, math.inf), (3, 3, 1e-9), (4, 3, math.inf)):
         before = held(engine)
         steps_before = engine.optimizer_steps()
         poisoned = step == 2 and engine.rank == engine.world_size - 1
-        batch = collate([[sample(step * 10 + engine.rank, poisoned=poisoned)]], 256, config.media, 0, "token")
+        batch = collate(
+            [[sample(number * 10 + engine.rank, poisoned=poisoned)]], 256, config.media, 0, "token"
+        )
         with engine.micro_batch(last=True):
             loss, _ = engine.forward(batch)
             engine.backward(loss / 80)
-        result = engine.step()
+        result = engine.step(limit)
         after = held(engine)
         unchanged = before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in after)
         same_weights = all(torch.equal(before[k], after[k]) for k in before if k.startswith("weight/"))
@@ -65,6 +69,7 @@ def main(zero: str, precision: str, out: str) -> None:
             {
                 "applied": result.applied,
                 "finite_norm": bool(np.isfinite(result.grad_norm)),
+                "norms": [result.grad_norm, *result.module_norms.values()],
                 "unchanged": unchanged,
                 "same_weights": same_weights,
                 "counted": engine.optimizer_steps() - steps_before,

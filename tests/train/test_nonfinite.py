@@ -11,7 +11,7 @@ from tests.train.launching import ROOT, SMALL, command, environment, launch
 @pytest.mark.parametrize(
     ("zero", "precision"), [("none", "fp32"), ("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "bf16")]
 )
-def test_a_nan_on_one_rank_changes_nothing_on_any(tmp_path, zero, precision):
+def test_a_nan_on_one_rank_or_a_norm_above_its_limit_changes_nothing_on_any(tmp_path, zero, precision):
     words = command(tmp_path, (), 2)
     script = words.index("train.py")
     words[script:] = ["-m", "tests.train.nonfinite_ranks", zero, precision, str(tmp_path / "out")]
@@ -19,16 +19,17 @@ def test_a_nan_on_one_rank_changes_nothing_on_any(tmp_path, zero, precision):
     files = [tmp_path / f"out.{rank}" for rank in (0, 1)]
     assert all(file.is_file() for file in files), done.stderr[-3000:]
     for file in files:
-        first, poisoned, last = json.loads(file.read_text())
+        first, poisoned, above, last = json.loads(file.read_text())
         for good in (first, last):
-            assert (
-                good["applied"] and good["finite_norm"] and not good["same_weights"] and good["counted"] == 1
-            )
-        assert not poisoned["applied"] and not poisoned["finite_norm"]
-        assert poisoned["unchanged"] and poisoned["counted"] == 0
+            assert good["applied"] and good["finite_norm"] and good["counted"] == 1
+            assert not good["same_weights"]
+        for bad in (poisoned, above):
+            assert not bad["applied"] and bad["unchanged"] and bad["counted"] == 0
+        assert not poisoned["finite_norm"] and above["finite_norm"]
+        assert above["norms"] == last["norms"]  # nothing of the skipped gradient stayed behind
 
 
-def test_a_run_names_the_samples_and_stops_after_too_many_skipped_steps(tmp_path, text_shards):
+def test_a_run_keeps_the_samples_and_stops_after_too_many_skipped_steps(tmp_path, text_shards):
     # A learning rate this high overflows the weights after the first update.
     words = (
         *SMALL,
@@ -37,9 +38,12 @@ def test_a_run_names_the_samples_and_stops_after_too_many_skipped_steps(tmp_path
         "optim.lr=1e36",
         "optim.warmup=0.0",
     )
-    run = launch(tmp_path / "run", *words, "train.steps=20", "train.max_skipped_steps=3", code=None)
-    assert run.code != 0 and "3 steps in a row had a loss or gradient that is not finite" in run.output
-    lines = [json.loads(line) for line in (run.folder / "skipped.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 and all(line["samples"] for line in lines)
-    assert all(name.startswith("folder/") for name in lines[0]["samples"])
+    run = launch(tmp_path / "run", *words, "train.steps=20", "train.max_skipped_steps=3", code=2)
+    assert "train.max_skipped_steps=3: so many steps in a row changed nothing, up to step 4." in run.output
+    assert "step 2: loss or gradient is not finite; nothing was changed. Samples: folder/" in run.output
+    kept = sorted((run.folder / "spikes").iterdir())
+    assert [path.name for path in kept] == [f"step-{step:08d}" for step in (2, 3, 4)]
+    spike = json.loads((kept[0] / "spike.json").read_text())
+    assert spike["step"] == 2 and spike["grad_norm"] is None and "grad_norm" in spike["nonfinite"]
+    assert spike["samples"] and not any(sample["finite"] for sample in spike["samples"])
     assert not (run.folder / "final").exists()
