@@ -69,7 +69,7 @@ def count_folder(folder: FolderIndex, encoder: Encoder, where: str, cache: str |
     if missing:
         _make_folder(place, folder, where)
     if missing and folder.cache:
-        fetch_counts(folder, place.name, place, missing)
+        fetch_counts(folder, place.name, {shard: _file(place, folder, shard) for shard in missing})
         found, missing = _read_all(place, folder)
     if missing:
         num_rows = sum(folder.shards[shard].num_rows for shard in missing)

@@ -58,8 +58,8 @@ def load_remote(path: str, cache: ShardCache) -> FolderIndex:
     return FolderIndex(path, shards, cache)
 
 
-def fetch_counts(folder: FolderIndex, fingerprint: str, place: Path, shards: list[int]) -> None:
-    """Brings the token counts of shards from beside them to `place`, where somebody has put them there.
+def fetch_counts(folder: FolderIndex, fingerprint: str, files: dict[int, Path]) -> None:
+    """Brings token counts, one file per shard, from beside the shards, if somebody has put them there.
 
     That spares the first run reading all shards once. What cannot be had is left out.
     """
@@ -70,17 +70,18 @@ def fetch_counts(folder: FolderIndex, fingerprint: str, place: Path, shards: lis
         index = folder.shards[shard]
         if index.url.startswith(PIPE):
             return False
-        name = f"{index.name}.npz"
+        beside = f"{index.url.rpartition('/')[0]}/.counts/{fingerprint}/{files[shard].name}"
         try:
-            content = fetch_bytes(f"{index.url.rpartition('/')[0]}/.counts/{fingerprint}/{name}", patience)
+            content = fetch_bytes(beside, patience)
         except (Absent, RuntimeError):
             return False
-        _write(place / name, content)
+        _write(files[shard], content)
         return True
 
-    if shards and fetch(shards[0]):
+    first, *others = files
+    if fetch(first):
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            list(pool.map(fetch, shards[1:]))
+            list(pool.map(fetch, others))
 
 
 def _find_shards(path: str, patience: Patience) -> list[_Place]:
