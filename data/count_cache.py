@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data.encode import Counts, Encoder
 from data.index import FolderIndex
+from data.remote import fetch_counts
 from data.sample import SampleError
 from data.shards import ShardReader
 
@@ -64,10 +65,13 @@ def count_folder(folder: FolderIndex, encoder: Encoder, where: str, cache: str |
         RuntimeError: a shard cannot be read.
     """
     place = _cache_folder(folder, encoder, cache)
-    found = [_read(place, folder, shard) for shard in range(len(folder.shards))]
-    missing = [shard for shard, counts in enumerate(found) if counts is None]
+    found, missing = _read_all(place, folder)
     if missing:
         _make_folder(place, folder, where)
+    if missing and folder.cache:
+        fetch_counts(folder, place.name, {shard: _file(place, folder, shard) for shard in missing})
+        found, missing = _read_all(place, folder)
+    if missing:
         num_rows = sum(folder.shards[shard].num_rows for shard in missing)
         with tqdm(total=num_rows, desc=f"count tokens of {where}", unit="sample") as bar:
             for shard, counts in _count_shards(folder, encoder, missing):
@@ -75,6 +79,12 @@ def count_folder(folder: FolderIndex, encoder: Encoder, where: str, cache: str |
                 _write(place, folder, shard, counts)
                 bar.update(folder.shards[shard].num_rows)
     return [counts for counts in found if counts is not None]
+
+
+def _read_all(place: Path, folder: FolderIndex) -> tuple[list[ShardCounts | None], list[int]]:
+    """Returns the counts that are there, and the shards that have none."""
+    found = [_read(place, folder, shard) for shard in range(len(folder.shards))]
+    return found, [shard for shard, counts in enumerate(found) if counts is None]
 
 
 def _count_shards(
@@ -114,7 +124,7 @@ def count_shard(folder: FolderIndex, shard: int, encoder: Encoder) -> ShardCount
     Raises:
         RuntimeError: the shard cannot be read.
     """
-    reader = ShardReader(folder)
+    reader = ShardReader(folder, max_open=1)
     index = folder.shards[shard]
     rows: list[Counts | None] = []
     bad: list[tuple[int, str, str]] = []
@@ -145,7 +155,8 @@ def _cache_folder(folder: FolderIndex, encoder: Encoder, cache: str | None) -> P
     if cache is None:
         return Path(folder.path) / ".counts" / fingerprint
     # Sources may share shard names, so each has a folder of its own.
-    source = hashlib.blake2b(os.path.realpath(folder.path).encode(), digest_size=6).hexdigest()
+    path = folder.path if folder.cache else os.path.realpath(folder.path)
+    source = hashlib.blake2b(path.encode(), digest_size=6).hexdigest()
     return Path(cache) / "counts" / source / fingerprint
 
 

@@ -26,7 +26,6 @@ from data.media import SAMPLE_RATE_HZ
 from data.options import add_shared_options, positive, read_limits, read_tags
 from data.sample import MediaSize
 from data.scan import (
-    INDEX_SUFFIX,
     INDEX_VERSION,
     SCHEMA,
     asked,
@@ -34,6 +33,8 @@ from data.scan import (
     index_path,
     index_shards,
 )
+from data.shard_cache import CachedShard, ShardCache
+from data.urls import INDEX_SUFFIX
 
 UNFINISHED = ".unfinished"
 """File that marks a folder of shards as not whole yet."""
@@ -71,22 +72,34 @@ class _StructLists:
 class ShardIndex:
     """The index of one shard. Only the footer is read at first; columns come when asked for.
 
+    A remote shard has a `url`; its tar comes and goes at `path`, and only its index is there now.
+
     Attributes: `path` and `name` of the tar, `num_rows`, `format` (layout of its members),
     `num_bytes` of the tar, `fingerprint` (hash of the rows).
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, url: str = ""):
         self.path = path
+        self.url = url
         self.name = os.path.basename(path)
         footer = _read_footer(path)
+        if not url:
+            _check_shard(path, footer)
         self.num_rows: int = footer["num_rows"]
         self.format: str = footer["format"]
         self.num_bytes: int = footer["num_bytes"]
         self.fingerprint: str = footer["fingerprint"]
+        self._mtime_ns: int = footer["mtime_ns"]
+        self._ends: str = footer["ends"]
+
+    @property
+    def cached(self) -> CachedShard:
+        """What a cache must know of a remote shard."""
+        return CachedShard(self.url, self.path, self.num_bytes, self._mtime_ns, self._ends)
 
     def __getstate__(self) -> dict:
         """Leaves the columns behind: a worker reads those of the shards that it touches."""
-        kept = ("path", "name", "num_rows", "format", "num_bytes", "fingerprint")
+        kept = ("path", "url", "name", "num_rows", "format", "num_bytes", "fingerprint", "_mtime_ns", "_ends")
         return {name: self.__dict__[name] for name in kept}
 
     @cached_property
@@ -153,12 +166,31 @@ class ShardIndex:
 
 
 class FolderIndex:
-    """The shards of one folder and their indexes. Small to pickle."""
+    """The shards of one folder and their indexes. Small to pickle.
 
-    def __init__(self, path: str, shards: list[ShardIndex]):
+    The shards of a remote source lie in `cache`, or come there when they are opened.
+    """
+
+    def __init__(self, path: str, shards: list[ShardIndex], cache: ShardCache | None = None):
         self.path = path
         self.shards = shards
+        self.cache = cache
         self.format = shards[0].format
+
+    def has(self, shard: int) -> bool:
+        """Returns whether a shard can be opened at once."""
+        return self.cache is None or self.cache.has(self.shards[shard].cached)
+
+    def open(self, shard: int) -> int:
+        """Returns a descriptor of a shard's tar, which is fetched if need be.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            Absent, RuntimeError: it cannot be fetched.
+        """
+        if self.cache is None:
+            return os.open(self.shards[shard].path, os.O_RDONLY)
+        return self.cache.open(self.shards[shard].cached)
 
     @property
     def num_rows(self) -> int:
@@ -187,13 +219,18 @@ def load_folder(path: str) -> FolderIndex:
             f"Put it back, or remove {missing[0]}{INDEX_SUFFIX}."
         )
     shards = [ShardIndex(tar) for tar in tars]
+    check_formats(shards)
+    return FolderIndex(path, shards)
+
+
+def check_formats(shards: list[ShardIndex]) -> None:
+    """Raises ValueError where not all shards are of one format."""
     for shard in shards:
         if shard.format != shards[0].format:
             raise ValueError(
-                f"{shard.path}: is of format {shard.format}, others here of {shards[0].format}. "
+                f"{shard.url or shard.path}: is of format {shard.format}, others here of {shards[0].format}. "
                 f"Give each format a folder of its own."
             )
-    return FolderIndex(path, shards)
 
 
 def list_shards(path: str) -> list[str]:
@@ -279,7 +316,7 @@ def _check_footer(footer: dict, columns: list[str]) -> None:
 
 
 def _read_footer(shard: str) -> dict:
-    """Returns what the index says of its shard, checked against the shard's size, time and ends."""
+    """Returns what the index says of its shard."""
     advice = f"{_advice(shard)}`"
     try:
         metadata = pq.read_metadata(index_path(shard))
@@ -300,20 +337,26 @@ def _read_footer(shard: str) -> dict:
             f"{index_path(shard)}: is of index version {footer.get('version')}, not {INDEX_VERSION}. "
             f"{advice}."
         )
+    return {**footer, "num_rows": metadata.num_rows}
+
+
+def _check_shard(shard: str, footer: dict) -> None:
+    """Raises ValueError where a shard is not what its index says, by size, time and ends."""
     status = os.stat(shard)
     if status.st_size != footer["num_bytes"]:
         raise ValueError(
-            f"{shard}: has {status.st_size} bytes, but {footer['num_bytes']} when it was indexed. {advice}."
+            f"{shard}: has {status.st_size} bytes, but {footer['num_bytes']} when it was indexed. "
+            f"{_advice(shard)}`."
         )
     # A copy has another time and the same content.
     if status.st_mtime_ns != footer["mtime_ns"] and digest_of_ends(shard) != footer["ends"]:
-        raise ValueError(f"{shard}: has other content than when it was indexed. {advice}.")
-    return {**footer, "num_rows": metadata.num_rows}
+        raise ValueError(f"{shard}: has other content than when it was indexed. {_advice(shard)}`.")
 
 
 def _is_current(shard: str, wanted: dict) -> bool:
     try:
         footer = _read_footer(shard)
+        _check_shard(shard, footer)
     except ValueError:
         return False
     return {name: footer.get(name) for name in wanted} == wanted

@@ -30,6 +30,7 @@ from data.config import LimitsConfig
 from data.layouts import ReadMember, parse_members
 from data.media import audio_num_samples, image_size
 from data.sample import Part, Sample, SampleError
+from data.urls import INDEX_SUFFIX
 
 MEMBER_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 """Key and part name, split at the first dot of the last path component, as webdataset does."""
@@ -39,8 +40,6 @@ ROWS_PER_TASK = 32
 
 INDEX_VERSION = 2
 """Raised when the columns or their meaning change; other versions must be indexed again."""
-
-INDEX_SUFFIX = ".index.parquet"
 
 HEADER_BYTES = 2**20
 """What one header of a tar may be long, names and extended headers included."""

@@ -57,21 +57,26 @@ def _pin(item: Any) -> Any:
 class Progress:
     """What every worker is at, in shared memory: so a hung or killed one can be told by its sample.
 
-    Shapes: table int64 [workers, 4]: process id, number of the work item (-1 when idle), and the
-    place of the sample in it (pack, position).
+    Shapes: table int64 [workers, 5]: process id, number of the work item (-1 when idle), the place of
+    the sample in it (pack, position), and 1 while its shard is fetched.
     """
 
     def __init__(self, workers: int):
-        self.table = torch.full((max(workers, 1), 4), -1, dtype=torch.int64).share_memory_()
+        self.table = torch.full((max(workers, 1), 5), -1, dtype=torch.int64).share_memory_()
 
-    def note(self, number: int, pack: int = 0, position: int = 0) -> None:
+    def note(self, number: int, pack: int = 0, position: int = 0, fetching: bool = False) -> None:
         """Writes down what this process is at."""
         info = get_worker_info()
-        self.table[info.id if info else 0] = torch.tensor([os.getpid(), number, pack, position])
+        row = [os.getpid(), number, pack, position, int(fetching)]
+        self.table[info.id if info else 0] = torch.tensor(row)
 
     def rows(self) -> list[tuple[int, int, int, int]]:
         """Returns (process id, work item, pack, position) of every worker that is at a sample."""
-        return [(pid, number, pack, place) for pid, number, pack, place in self.table.tolist() if number >= 0]
+        return [(pid, *place) for pid, *place, _ in self.table.tolist() if place[0] >= 0]
+
+    def is_fetching(self) -> bool:
+        """Returns whether a worker waits for a remote shard."""
+        return bool((self.table[:, 4] == 1).any())
 
 
 class MicroBatches(Dataset):
@@ -100,7 +105,8 @@ class MicroBatches(Dataset):
             for place, pack in enumerate(item.packs):
                 rows.append([])
                 for position, ref in enumerate(pack.refs):
-                    self.progress.note(item.number, place, position)
+                    is_here = self.folders[ref.source].has(ref.shard)
+                    self.progress.note(item.number, place, position, fetching=not is_here)
                     rows[-1].append(self._load(ref))
         except OSError as error:
             return Loaded(None, f"{self.name(ref)}: cannot be read ({error}). Check the disk and the mount.")

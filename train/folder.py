@@ -29,6 +29,7 @@ FREE = (
     "data.prefetch",
     "data.timeout_seconds",
     "data.cache",
+    "data.cache_gib",
     "eval",
     "checkpoint",
     "log",

@@ -18,7 +18,15 @@ from train.banner import describe_data, describe_run, describe_sample, module_si
 from train.checkpoint import copy_weights, open_newest, restore_checkpoint
 from train.compose import readable_errors
 from train.config import Precision, RunConfig
-from train.data import Tables, build_encoder, build_loader, build_planner, load_held_out, load_tables
+from train.data import (
+    Tables,
+    build_encoder,
+    build_loader,
+    build_planner,
+    check_cache,
+    load_held_out,
+    load_tables,
+)
 from train.engine import Engine, build_engine, start_engine
 from train.first_weights import FirstWeights, open_first_weights
 from train.flops import peak_flops
@@ -71,6 +79,7 @@ def _run(
     tables = load_tables(config, engine, encoder, "train")
     held_out, answered = load_held_out(config, engine, encoder)
     _check_held_out(config, held_out)
+    check_cache(config, tables, held_out)
     planner = build_planner(config, tables, epochs=config.num_epochs)
     total_steps = config.num_steps or planner.num_steps()
     assert total_steps is not None
