@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-full check format clean
+
+# Test files are shared among as many processes; two fit two cores and 16 GiB.
+TEST_PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # Two processes on CPUs, whatever else the machine has.
 ON_CPUS := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
@@ -14,8 +18,11 @@ demo: $(STAMP)  ## data, stand-ins and all five stages with two CPU processes; s
 	$(ON_CPUS) $(BIN)/python -m launch.pipeline megrez_omni model=tiny data=demo runs=runs/demo \
 	  accelerate=cpu2 zero=zero2
 
-test: $(STAMP)  ## all tests this machine can run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: $(STAMP)  ## what every change must pass: all tests but the slow ones and those with a SLURM
+	$(PYTEST) -m "not slow and not slurm"
+
+test-full: $(STAMP)  ## all tests this machine can run
+	$(PYTEST)
 
 check: $(STAMP)  ## lint, format and types: what CI checks before it tests
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass, field
 from enum import Enum
 
+from data.urls import is_remote, problem_of
+
 
 class Oversize(Enum):
     """What happens to a sample longer than a row."""
@@ -25,7 +27,10 @@ class AudioText(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """One folder of shards. `weight` is its share of drawn samples; without weights, `epochs` counts."""
+    """One folder of shards, or their URL (see data/urls.py).
+
+    `weight` is its share of drawn samples; without weights, `epochs` counts.
+    """
 
     path: str = "???"
     weight: float | None = None
@@ -42,6 +47,8 @@ class SourceConfig:
                 found.append(f"{name}={value}: must be a finite number. Use 1.")
         if self.weight is not None and self.epochs != 1.0:
             found.append(f"epochs={self.epochs}: weight={self.weight} decides already. Set one of them.")
+        if is_remote(self.path) and (problem := problem_of(self.path)):
+            found.append(f"path={self.path}: {problem}")
         return found
 
 
@@ -123,7 +130,8 @@ class DataConfig:
     """Everything about data. `path` is for one folder (see configs/data/folder.yaml).
 
     `holdout` keeps that share of every training source for evaluation, chosen by key hash; `held_out`
-    names sources that are for evaluation only.
+    names sources that are for evaluation only. `cache` is a folder of this machine for the shards of
+    remote sources, at most `cache_gib` of them, and for token counts.
     """
 
     path: str | None = None
@@ -133,6 +141,7 @@ class DataConfig:
     tags: list[str] = field(default_factory=list)
     tokenizer: str | None = None
     cache: str | None = None
+    cache_gib: float = 64.0
     shuffle_shards: int = 16
     workers: int = 2
     prefetch: int = 4
@@ -159,6 +168,14 @@ class DataConfig:
             found.append(f"prefetch={self.prefetch}: must be at least 1. Use 4.")
         if self.timeout_seconds <= 0:
             found.append(f"timeout_seconds={self.timeout_seconds}: must be above 0. Use 300.")
+        if not (self.cache_gib > 0 and math.isfinite(self.cache_gib)):
+            found.append(f"cache_gib={self.cache_gib}: must be a finite number above 0. Use 64.")
+        remote = [source.path for source in (self.sources | self.held_out).values() if is_remote(source.path)]
+        if remote and not self.cache:
+            found.append(
+                f"cache=null: {remote[0]} is remote, so its shards need a folder on this machine. "
+                "Set it to one with data.cache=DIR."
+            )
         weighted = [name for name, source in self.sources.items() if source.weight is not None]
         if weighted and len(weighted) < len(self.sources):
             missing = sorted(set(self.sources) - set(weighted))

@@ -7,10 +7,10 @@ touching media, and kept as plain arrays beside the shards (or under `data.cache
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tempfile
 import uuid
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data.encode import Counts, Encoder
 from data.index import FolderIndex
+from data.remote import fetch_counts
 from data.sample import SampleError
 from data.shards import ShardReader
 
@@ -30,6 +31,9 @@ MODALITIES = ("text", "image", "audio", "image+audio")
 
 POOL_FROM = 2000
 """Samples above which counting is worth starting processes."""
+
+DIGEST_BYTES = 32
+"""A hash of the content stands first in a file of counts: zip notices only some of the damage."""
 
 _COLUMNS = ("length", "supervised", "slices", "patches", "frames")
 
@@ -61,10 +65,13 @@ def count_folder(folder: FolderIndex, encoder: Encoder, where: str, cache: str |
         RuntimeError: a shard cannot be read.
     """
     place = _cache_folder(folder, encoder, cache)
-    found = [_read(place, folder, shard) for shard in range(len(folder.shards))]
-    missing = [shard for shard, counts in enumerate(found) if counts is None]
+    found, missing = _read_all(place, folder)
     if missing:
         _make_folder(place, folder, where)
+    if missing and folder.cache:
+        fetch_counts(folder, place.name, {shard: _file(place, folder, shard) for shard in missing})
+        found, missing = _read_all(place, folder)
+    if missing:
         num_rows = sum(folder.shards[shard].num_rows for shard in missing)
         with tqdm(total=num_rows, desc=f"count tokens of {where}", unit="sample") as bar:
             for shard, counts in _count_shards(folder, encoder, missing):
@@ -72,6 +79,12 @@ def count_folder(folder: FolderIndex, encoder: Encoder, where: str, cache: str |
                 _write(place, folder, shard, counts)
                 bar.update(folder.shards[shard].num_rows)
     return [counts for counts in found if counts is not None]
+
+
+def _read_all(place: Path, folder: FolderIndex) -> tuple[list[ShardCounts | None], list[int]]:
+    """Returns the counts that are there, and the shards that have none."""
+    found = [_read(place, folder, shard) for shard in range(len(folder.shards))]
+    return found, [shard for shard, counts in enumerate(found) if counts is None]
 
 
 def _count_shards(
@@ -111,7 +124,7 @@ def count_shard(folder: FolderIndex, shard: int, encoder: Encoder) -> ShardCount
     Raises:
         RuntimeError: the shard cannot be read.
     """
-    reader = ShardReader(folder)
+    reader = ShardReader(folder, max_open=1)
     index = folder.shards[shard]
     rows: list[Counts | None] = []
     bad: list[tuple[int, str, str]] = []
@@ -121,9 +134,12 @@ def count_shard(folder: FolderIndex, shard: int, encoder: Encoder) -> ShardCount
             rows.append(encoder.lay_out(sample, index.sizes(row)).counts)
         except SampleError as error:
             if error.cause == "shard_unreadable":
-                raise RuntimeError(str(error)) from error
+                raise RuntimeError(f"{error}.") from error
             rows.append(None)
             bad.append((row, error.cause, str(error)))
+        except OSError as error:
+            advice = "Check the disk and the mount."
+            raise RuntimeError(f"{index.path}: cannot be read ({error}). {advice}") from error
     columns = {name: np.array([getattr(r, name, 0) for r in rows], dtype=np.int32) for name in _COLUMNS}
     return ShardCounts(
         **columns,
@@ -139,7 +155,8 @@ def _cache_folder(folder: FolderIndex, encoder: Encoder, cache: str | None) -> P
     if cache is None:
         return Path(folder.path) / ".counts" / fingerprint
     # Sources may share shard names, so each has a folder of its own.
-    source = hashlib.blake2b(os.path.realpath(folder.path).encode(), digest_size=6).hexdigest()
+    path = folder.path if folder.cache else os.path.realpath(folder.path)
+    source = hashlib.blake2b(path.encode(), digest_size=6).hexdigest()
     return Path(cache) / "counts" / source / fingerprint
 
 
@@ -156,7 +173,7 @@ def _make_folder(place: Path, folder: FolderIndex, where: str) -> None:
 
 
 def _file(place: Path, folder: FolderIndex, shard: int) -> Path:
-    return place / f"{folder.shards[shard].name}.npz"
+    return place / f"{folder.shards[shard].name}.counts"
 
 
 def _write(place: Path, folder: FolderIndex, shard: int, counts: ShardCounts) -> None:
@@ -164,17 +181,31 @@ def _write(place: Path, folder: FolderIndex, shard: int, counts: ShardCounts) ->
     # Several machines may write here, and containers give all of their processes the same few ids.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     arrays = {field.name: getattr(counts, field.name) for field in fields(counts)}
-    with partial.open("wb") as file:
-        np.savez(file, index=np.array(folder.shards[shard].fingerprint), **arrays)
-    partial.replace(path)
+    content = io.BytesIO()
+    np.savez(content, index=np.array(folder.shards[shard].fingerprint), **arrays)
+    try:
+        partial.write_bytes(_digest(content.getvalue()) + content.getvalue())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        advice = "Free some space there, or set data.cache=DIR to another disk."
+        raise ValueError(f"{path}: token counts cannot be written ({error.strerror}). {advice}") from error
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _read(place: Path, folder: FolderIndex, shard: int) -> ShardCounts | None:
     """Returns cached counts, or None if there are none for this very index."""
     try:
-        with np.load(_file(place, folder, shard), allow_pickle=False) as arrays:
+        content = _file(place, folder, shard).read_bytes()
+        digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if digest != _digest(content):
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             if str(arrays["index"]) != folder.shards[shard].fingerprint:
                 return None
             return ShardCounts(**{field.name: arrays[field.name] for field in fields(ShardCounts)})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError):
         return None  # absent or damaged: counted anew

@@ -16,8 +16,9 @@ from data.config import DataConfig, Oversize, SourceConfig
 from data.count_cache import MODALITIES, ShardCounts, count_folder
 from data.encode import Encoder
 from data.geometry import MediaConfig
-from data.index import FolderIndex, ShardIndex, load_folder
+from data.index import FolderIndex, ShardIndex
 from data.plan import SourceTable
+from data.remote import load_source
 from data.sample import Dropped
 
 SAMPLES_PER_FRAME = 320
@@ -134,12 +135,12 @@ def _choices(config: DataConfig, split: Literal["train", "held_out"], evaluates_
     chosen = []
     if split == "train" or held:
         chosen += [
-            _choice(name, f"data.sources.{name}", source, held, config.tags)
+            _choice(name, f"data.sources.{name}", source, held, config.tags, config)
             for name, source in config.sources.items()
         ]
     if split == "held_out":
         chosen += [
-            _choice(name, f"data.held_out.{name}", source, None, [] if evaluates_all else config.tags)
+            _choice(name, f"data.held_out.{name}", source, None, [] if evaluates_all else config.tags, config)
             for name, source in config.held_out.items()
         ]
         for choice in chosen:  # every sample once, whatever its share in training
@@ -147,9 +148,11 @@ def _choices(config: DataConfig, split: Literal["train", "held_out"], evaluates_
     return chosen
 
 
-def _choice(name: str, where: str, source: SourceConfig, held: bool | None, tags: list[str]) -> _Choice:
+def _choice(
+    name: str, where: str, source: SourceConfig, held: bool | None, tags: list[str], config: DataConfig
+) -> _Choice:
     try:
-        return _Choice(name, where, source, load_folder(source.path), held, tags)
+        return _Choice(name, where, source, load_source(source.path, config), held, tags)
     except ValueError as error:
         text = str(error).removeprefix(f"{source.path}: ")
         raise ValueError(f"{where}.path={source.path}: {text}") from error

@@ -25,10 +25,25 @@ from data.layouts import LAYOUTS
 from data.media import SAMPLE_RATE_HZ
 from data.options import add_shared_options, positive, read_limits, read_tags
 from data.sample import MediaSize
-from data.scan import INDEX_SUFFIX, INDEX_VERSION, asked, digest_of_ends, index_path, index_shards
+from data.scan import (
+    INDEX_VERSION,
+    SCHEMA,
+    asked,
+    digest_of_ends,
+    index_path,
+    index_shards,
+)
+from data.shard_cache import CachedShard, ShardCache
+from data.urls import INDEX_SUFFIX
 
 UNFINISHED = ".unfinished"
 """File that marks a folder of shards as not whole yet."""
+
+_NUMBERS = {"members": ("offset", "size"), "images": ("width", "height"), "audios": ("num_samples",)}
+"""Whole numbers in the columns of structs."""
+
+MOST = 2**40
+"""Above every number that an index may hold: bytes of a tar, or years of sound."""
 
 NUM_NAMED = 3
 """How many bad samples a summary names."""
@@ -57,43 +72,61 @@ class _StructLists:
 class ShardIndex:
     """The index of one shard. Only the footer is read at first; columns come when asked for.
 
+    A remote shard has a `url`; its tar comes and goes at `path`, and only its index is there now.
+
     Attributes: `path` and `name` of the tar, `num_rows`, `format` (layout of its members),
     `num_bytes` of the tar, `fingerprint` (hash of the rows).
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, url: str = ""):
         self.path = path
+        self.url = url
         self.name = os.path.basename(path)
         footer = _read_footer(path)
+        if not url:
+            _check_shard(path, footer)
         self.num_rows: int = footer["num_rows"]
         self.format: str = footer["format"]
         self.num_bytes: int = footer["num_bytes"]
         self.fingerprint: str = footer["fingerprint"]
+        self._mtime_ns: int = footer["mtime_ns"]
+        self._ends: str = footer["ends"]
+
+    @property
+    def cached(self) -> CachedShard:
+        """What a cache must know of a remote shard."""
+        return CachedShard(self.url, self.path, self.num_bytes, self._mtime_ns, self._ends)
 
     def __getstate__(self) -> dict:
         """Leaves the columns behind: a worker reads those of the shards that it touches."""
-        kept = ("path", "name", "num_rows", "format", "num_bytes", "fingerprint")
+        kept = ("path", "url", "name", "num_rows", "format", "num_bytes", "fingerprint", "_mtime_ns", "_ends")
         return {name: self.__dict__[name] for name in kept}
 
     @cached_property
     def _table(self) -> pa.Table:
-        table = pq.ParquetFile(index_path(self.path)).read()
-        footer = json.loads((table.schema.metadata or {}).get(b"shard", b"{}"))
-        if footer.get("fingerprint") != self.fingerprint:
-            raise RuntimeError(f"{index_path(self.path)}: has changed while in use. Start the run again.")
+        path = index_path(self.path)
+        try:
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            if _parse_footer(file.metadata).get("fingerprint") != self.fingerprint:
+                raise RuntimeError(f"{path}: has changed while in use. Start the run again.")
+            table = file.read().cast(SCHEMA)
+            _check_rows(table, self.num_bytes)
+        except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
+            advice = f"{_advice(self.path)} --again`."
+            raise RuntimeError(f"{path}: cannot be read ({_first_line(error)}). {advice}") from error
         return table
 
     @cached_property
     def _members(self) -> _StructLists:
-        return _StructLists(self._table.column("members"), "offset", "size")
+        return _StructLists(self._table.column("members"), *_NUMBERS["members"])
 
     @cached_property
     def _images(self) -> _StructLists:
-        return _StructLists(self._table.column("images"), "width", "height")
+        return _StructLists(self._table.column("images"), *_NUMBERS["images"])
 
     @cached_property
     def _audios(self) -> _StructLists:
-        return _StructLists(self._table.column("audios"), "num_samples")
+        return _StructLists(self._table.column("audios"), *_NUMBERS["audios"])
 
     @cached_property
     def keys(self) -> list[str]:
@@ -133,12 +166,31 @@ class ShardIndex:
 
 
 class FolderIndex:
-    """The shards of one folder and their indexes. Small to pickle."""
+    """The shards of one folder and their indexes. Small to pickle.
 
-    def __init__(self, path: str, shards: list[ShardIndex]):
+    The shards of a remote source lie in `cache`, or come there when they are opened.
+    """
+
+    def __init__(self, path: str, shards: list[ShardIndex], cache: ShardCache | None = None):
         self.path = path
         self.shards = shards
+        self.cache = cache
         self.format = shards[0].format
+
+    def has(self, shard: int) -> bool:
+        """Returns whether a shard can be opened at once."""
+        return self.cache is None or self.cache.has(self.shards[shard].cached)
+
+    def open(self, shard: int) -> int:
+        """Returns a descriptor of a shard's tar, which is fetched if need be.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            Absent, RuntimeError: it cannot be fetched.
+        """
+        if self.cache is None:
+            return os.open(self.shards[shard].path, os.O_RDONLY)
+        return self.cache.open(self.shards[shard].cached)
 
     @property
     def num_rows(self) -> int:
@@ -167,13 +219,18 @@ def load_folder(path: str) -> FolderIndex:
             f"Put it back, or remove {missing[0]}{INDEX_SUFFIX}."
         )
     shards = [ShardIndex(tar) for tar in tars]
+    check_formats(shards)
+    return FolderIndex(path, shards)
+
+
+def check_formats(shards: list[ShardIndex]) -> None:
+    """Raises ValueError where not all shards are of one format."""
     for shard in shards:
         if shard.format != shards[0].format:
             raise ValueError(
-                f"{shard.path}: is of format {shard.format}, others here of {shards[0].format}. "
+                f"{shard.url or shard.path}: is of format {shard.format}, others here of {shards[0].format}. "
                 f"Give each format a folder of its own."
             )
-    return FolderIndex(path, shards)
 
 
 def list_shards(path: str) -> list[str]:
@@ -193,36 +250,113 @@ def list_shards(path: str) -> list[str]:
     return tars
 
 
+def _check_rows(table: pa.Table, num_bytes: int) -> None:
+    """Refuses values that no indexing gives, whose use would end elsewhere and strangely.
+
+    Raises:
+        ValueError: there are such values.
+    """
+    table.validate(full=True)
+    for name in ("key", "members", "images", "audios", "tags"):
+        if any(array.null_count for array in _flattened(table.column(name).combine_chunks())):
+            raise ValueError(f"a row has no {name}, or only a part")
+    all_rows = np.ones(table.num_rows, dtype=bool)
+    for name, fields in _NUMBERS.items():
+        least = 0 if name == "members" else 1
+        for values in _StructLists(table.column(name), *fields).numbers(all_rows):
+            if len(values) and not least <= values.min() <= values.max() <= MOST:
+                raise ValueError(f"{name} have numbers from {values.min()} to {values.max()}")
+    offsets, sizes = _StructLists(table.column("members"), *_NUMBERS["members"]).numbers(all_rows)
+    if np.any(sizes > num_bytes - offsets):
+        raise ValueError("a member lies outside of the tar")
+
+
+def _flattened(array: pa.Array) -> Iterator[pa.Array]:
+    """Yields an array and all that are nested in it."""
+    yield array
+    if pa.types.is_list(array.type):
+        yield from _flattened(array.values)
+    elif pa.types.is_struct(array.type):
+        for place in range(array.type.num_fields):
+            yield from _flattened(array.field(place))
+
+
+def _advice(shard: str) -> str:
+    return f"Run `python -m data.index {os.path.dirname(shard) or '.'}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _parse_footer(metadata: pq.FileMetaData) -> dict:
+    """Returns what stands in a parquet file about its shard.
+
+    Raises:
+        ValueError: it is not what an index says.
+    """
+    footer = json.loads((metadata.metadata or {}).get(b"shard", b"null"))
+    if not isinstance(footer, dict):
+        raise ValueError("it says nothing of a shard")
+    return footer
+
+
+_FOOTER = {"format": str, "num_bytes": int, "mtime_ns": int, "ends": str, "fingerprint": str}
+"""What a footer must hold beside its version."""
+
+
+def _check_footer(footer: dict, columns: list[str]) -> None:
+    for name, kind in _FOOTER.items():
+        if not isinstance(footer.get(name), kind):
+            raise ValueError(f"its {name} is missing or of the wrong kind")
+    if footer["format"] not in LAYOUTS:
+        raise ValueError(f"its format {footer['format'][:40]!r} is not known")
+    if columns != SCHEMA.names:
+        raise ValueError(f"its columns are {', '.join(columns)[:200]}")
+
+
 def _read_footer(shard: str) -> dict:
-    """Returns what the index says of its shard, checked against the shard's size, time and ends."""
-    advice = f"Run `python -m data.index {os.path.dirname(shard) or '.'}`"
+    """Returns what the index says of its shard."""
+    advice = f"{_advice(shard)}`"
     try:
         metadata = pq.read_metadata(index_path(shard))
-        footer = json.loads((metadata.metadata or {})[b"shard"])
+        footer = _parse_footer(metadata)
+        if footer.get("version") == INDEX_VERSION:
+            _check_footer(footer, metadata.schema.to_arrow_schema().names)
     except FileNotFoundError as error:
         raise ValueError(
             f"{shard}: has no index. {advice} (with --format for shards made by others)."
         ) from error
-    except (pa.ArrowInvalid, ValueError, KeyError) as error:
-        raise ValueError(f"{index_path(shard)}: is no index of a shard ({error}). {advice}.") from error
-    if footer["version"] != INDEX_VERSION:
+    except (pa.ArrowException, OSError, ValueError, RecursionError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # the disk's affair; what is damaged comes without a number
+        reason = _first_line(error)
+        raise ValueError(f"{index_path(shard)}: is no index of a shard ({reason}). {advice}.") from error
+    if footer.get("version") != INDEX_VERSION:
         raise ValueError(
-            f"{index_path(shard)}: is of index version {footer['version']}, not {INDEX_VERSION}. {advice}."
+            f"{index_path(shard)}: is of index version {footer.get('version')}, not {INDEX_VERSION}. "
+            f"{advice}."
         )
+    return {**footer, "num_rows": metadata.num_rows}
+
+
+def _check_shard(shard: str, footer: dict) -> None:
+    """Raises ValueError where a shard is not what its index says, by size, time and ends."""
     status = os.stat(shard)
     if status.st_size != footer["num_bytes"]:
         raise ValueError(
-            f"{shard}: has {status.st_size} bytes, but {footer['num_bytes']} when it was indexed. {advice}."
+            f"{shard}: has {status.st_size} bytes, but {footer['num_bytes']} when it was indexed. "
+            f"{_advice(shard)}`."
         )
     # A copy has another time and the same content.
     if status.st_mtime_ns != footer["mtime_ns"] and digest_of_ends(shard) != footer["ends"]:
-        raise ValueError(f"{shard}: has other content than when it was indexed. {advice}.")
-    return {**footer, "num_rows": metadata.num_rows}
+        raise ValueError(f"{shard}: has other content than when it was indexed. {_advice(shard)}`.")
 
 
 def _is_current(shard: str, wanted: dict) -> bool:
     try:
         footer = _read_footer(shard)
+        _check_shard(shard, footer)
     except ValueError:
         return False
     return {name: footer.get(name) for name in wanted} == wanted

@@ -8,6 +8,7 @@ data/formats.py with members in place of files.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -92,7 +93,9 @@ def _native(record: dict, media: MediaSource) -> list[Message]:
     error = record.get("error")
     if isinstance(error, dict):
         origin = f" ({record['origin']})" if record.get("origin") else ""
-        raise SampleError(f"{error.get('message')}{origin}", cause=str(error.get("cause")))
+        cause = str(error.get("cause"))
+        known = re.fullmatch(r"\w{1,40}", cause)
+        raise SampleError(f"{error.get('message')}{origin}", cause=cause if known else "record_malformed")
     messages = openai(record, media)
     check_messages(messages)
     return messages

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from data.config import DataConfig
 from data.deal import deal
 from data.encode import Encoder
+from data.fetch_ahead import FetchAhead
 from data.geometry import MediaConfig
 from data.index import FolderIndex
 from data.plan import Planner, StepPlan
@@ -53,8 +54,17 @@ class StepBatches:
 class _Schedule(Sampler):
     """Yields this rank's work items in order and remembers what is under way."""
 
-    def __init__(self, planner: Planner, rank: int, world_size: int, micro_batch_packs: int, length: int):
+    def __init__(
+        self,
+        planner: Planner,
+        ahead: FetchAhead,
+        rank: int,
+        world_size: int,
+        micro_batch_packs: int,
+        length: int,
+    ):
         self.planner = planner
+        self.ahead = ahead
         self.rank = rank
         self.world_size = world_size
         self.micro_batch_packs = micro_batch_packs
@@ -69,10 +79,19 @@ class _Schedule(Sampler):
         while (plan := self.planner.next_step()) is not None:
             mine = deal(plan.packs, self.world_size, self.micro_batch_packs)[self.rank]
             self.steps.append((self._announce(plan, mine), len(mine)))
+            if self.ahead.sources:
+                self.ahead.want(self._shards(mine))
             for packs in mine:
                 self.items.append(WorkItem(number, packs))
                 number += 1
                 yield self.items[-1]
+
+    def _shards(self, mine: list[list[Pack]]) -> list[tuple[str, int]]:
+        """Returns what will be read: by what is under way, by this step, and by the plan after it."""
+        under_way = [item.packs for item in self.items] + mine
+        refs = [ref for packs in under_way for pack in packs for ref in pack.refs]
+        shards = [(ref.source, ref.shard) for ref in refs if ref.source in self.ahead.sources]
+        return list(dict.fromkeys(shards + self.planner.shards_ahead(self.ahead.sources)))
 
     def _announce(self, plan: StepPlan, mine: list[list[Pack]]) -> StepBatches:
         state = self.planner.state()
@@ -114,7 +133,8 @@ class Loader:
         length = config.pack.length
         self.folders = folders
         self._config = config
-        self._schedule = _Schedule(planner, rank, world_size, micro_batch_packs, length)
+        self._ahead = FetchAhead(folders)
+        self._schedule = _Schedule(planner, self._ahead, rank, world_size, micro_batch_packs, length)
         self._progress = Progress(config.workers)
         options = {"length": length, "media": media, "pad_id": pad_id, "loss": loss}
         self._dataset = MicroBatches(folders, encoder, options, self._progress)
@@ -181,6 +201,8 @@ class Loader:
                     raise
                 if dead or time.monotonic() > deadline:
                     raise self._blame(dead) from error
+                if self._progress.is_fetching():  # which has patience of its own
+                    deadline = time.monotonic() + self._config.timeout_seconds
         if result is None:
             return None
         self._schedule.items.popleft()
@@ -217,8 +239,9 @@ class Loader:
         return [ref for pack in awaited.packs for ref in pack.refs]
 
     def close(self) -> None:
-        """Ends the workers. Iterating again would start new ones."""
+        """Ends the workers and what fetches for them. Iterating again would start new ones."""
         _end_workers(self._dataloader)
+        self._ahead.close()
 
 
 def _end_workers(dataloader: DataLoader) -> None:

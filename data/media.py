@@ -38,7 +38,13 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 AUDIO_FORMATS = "wav,w64,mp3,flac,ogg,mov"
 """FFmpeg demuxers that may be tried. Playlists are not among them: they can name files and URLs."""
 
+JPEG_SCANS = 100
+"""Passes over the picture that a progressive JPEG may make (10 are usual): each costs time, and few bytes."""
+
 SAMPLE_RATE_HZ = 16000
+LEAST_RATE_HZ, MOST_RATE_HZ = 100, 1_000_000
+"""Beyond them, a resampler takes seconds and hundreds of megabytes for its filters."""
+
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,7 +84,7 @@ def decode_image(data: bytes, limits: LimitsConfig) -> Image.Image:
     """
     image = _open_image(data, limits)
     try:
-        image.load()
+        _load(image)
         rgb = _to_rgb(image)
         turn = UPRIGHT.get(_orientation(image))
         return rgb if turn is None else rgb.transpose(turn)
@@ -97,7 +103,7 @@ def image_size(data: bytes, limits: LimitsConfig) -> tuple[int, int]:
     try:
         # A JPEG is decoded at an eighth of its size: all of its bits are read, in a third of the time.
         image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
-        image.load()
+        _load(image)
         turned = _orientation(image) >= 5
     except PILLOW_ERRORS as error:
         raise _image_error(error, data) from error
@@ -112,6 +118,8 @@ def _open_image(data: bytes, limits: LimitsConfig) -> Image.Image:
             f"the picture has {len(data)} bytes, more than data.limits.image_bytes={limits.image_bytes}",
             cause="image_too_large",
         )
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > JPEG_SCANS:
+        raise SampleError(f"the picture has more than {JPEG_SCANS} scans", cause="image_corrupt")
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except PILLOW_ERRORS as error:
@@ -126,6 +134,12 @@ def _open_image(data: bytes, limits: LimitsConfig) -> Image.Image:
             cause="image_too_large",
         )
     return image
+
+
+def _load(image: Image.Image) -> None:
+    image.load()
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("its palette is missing")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -193,13 +207,10 @@ def _waveform(data: bytes, limits: LimitsConfig) -> Iterator[np.ndarray]:
     if missing := _missing_bytes(data):
         raise SampleError(f"the recording is cut off: {missing} bytes are missing", cause="audio_truncated")
     num_samples = 0
-    for piece in _resampled(data):
+    for piece in _resampled(data, limits):
         num_samples += len(piece)
         if num_samples > limits.audio_seconds * SAMPLE_RATE_HZ:
-            raise SampleError(
-                f"the recording is longer than data.limits.audio_seconds={limits.audio_seconds}",
-                cause="audio_too_long",
-            )
+            raise _too_long(limits)
         if not np.isfinite(piece).all():
             raise SampleError("the recording holds values that are not finite", cause="audio_corrupt")
         yield piece
@@ -207,7 +218,14 @@ def _waveform(data: bytes, limits: LimitsConfig) -> Iterator[np.ndarray]:
         raise SampleError("the recording is empty (no samples)", cause="audio_empty")
 
 
-def _resampled(data: bytes) -> Iterator[np.ndarray]:
+def _too_long(limits: LimitsConfig) -> SampleError:
+    return SampleError(
+        f"the recording is longer than data.limits.audio_seconds={limits.audio_seconds}",
+        cause="audio_too_long",
+    )
+
+
+def _resampled(data: bytes, limits: LimitsConfig) -> Iterator[np.ndarray]:
     if av is None:
         raise RuntimeError("av: it is not installed, and it reads recordings. Run pip install av.")
     try:
@@ -225,7 +243,11 @@ def _resampled(data: bytes) -> Iterator[np.ndarray]:
             resampler: av.AudioResampler | None = None
             seconds = 0.0
             for frame in _frames(container, stream):
+                if not LEAST_RATE_HZ <= frame.sample_rate <= MOST_RATE_HZ:
+                    raise SampleError(f"a rate of {frame.sample_rate} Hz is not real", cause="audio_corrupt")
                 seconds += frame.samples / frame.sample_rate
+                if seconds > limits.audio_seconds + 1:
+                    raise _too_long(limits)  # at 100 Hz one frame may become gigabytes
                 if resampler is None and _is_ready(frame):
                     yield frame.to_ndarray()[0] / np.float32(32768)
                     continue

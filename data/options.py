@@ -35,6 +35,21 @@ def read_tags(text: str) -> tuple[str, ...]:
     return tuple(tag.strip() for tag in text.split(",") if tag.strip())
 
 
+def read_map(pairs: list[str]) -> dict[str, str]:
+    """Returns the columns by the fields they stand for, each given as FIELD=COLUMN.
+
+    Raises:
+        ValueError: one is not of that form.
+    """
+    found = {}
+    for pair in pairs:
+        field, _, column = pair.partition("=")
+        if not (field and column):
+            raise ValueError(f"--map {pair}: is not FIELD=COLUMN. Write it like text=sentence.")
+        found[field] = column
+    return found
+
+
 def read_limits(changes: list[str]) -> LimitsConfig:
     """Returns the default limits with the changes, each NAME=VALUE, made.
 

@@ -20,7 +20,7 @@ import numpy as np
 from data.config import PackConfig
 from data.pack import Candidate, fill_row
 from data.sample import Pack, SampleRef
-from data.shuffle import shuffled_windows
+from data.shuffle import shuffled_windows, windows_from
 
 _BLOCK = 1024
 """Draws turned into Python objects at a time: enough to be fast, few enough not to be felt."""
@@ -140,6 +140,37 @@ class Planner:
         """Mixture epochs that were handed out in packs."""
         return float(sum(self._samples) / self._epoch_draws)
 
+    def shards_ahead(self, sources: set[str]) -> list[tuple[str, int]]:
+        """Returns (source, shard) of all that the plan reads next, in about this order.
+
+        First what samples that wait in the buffer are in, then the window of every source, then the one
+        after that, unless the run ends before.
+        """
+        waiting = [
+            (table.name, int(table.shard[candidate.index]))
+            for candidate in self._buffer
+            if (table := self._tables[candidate.source]).name in sources
+        ]
+        windows: tuple[list[tuple[str, int]], ...] = ([], [])
+        for number, table in enumerate(self._tables):
+            if table.name in sources:
+                for window, shards in zip(windows, self._windows_of(number)):
+                    window += [(table.name, shard) for shard in shards]
+        return list(dict.fromkeys(waiting + windows[0] + windows[1]))
+
+    def _windows_of(self, number: int) -> list[list[int]]:
+        """Returns the shards of a source's window and of the next one, worked out once a window."""
+        table, draws = self._tables[number], self._draws_of[number]
+        known = self._ahead[number]
+        if known is None or draws >= known[0]:
+            place = divmod(draws, len(table))
+            windows = windows_from(table.name, table.shard, self._seed, self._shuffle_shards, *place)
+            (current, left), (following, _) = next(windows), next(windows)
+            is_last = self._total - self._draws <= left
+            known = draws + left, [current, [] if is_last else following]
+            self._ahead[number] = known
+        return known[1]
+
     def state(self) -> dict[str, Any]:
         """Returns all that is needed to go on from here, as plain JSON, the same on every rank."""
         sources = {}
@@ -189,6 +220,7 @@ class Planner:
         self._samples = samples or zeros.copy()
         self._tokens = tokens or zeros.copy()
         self._buffer: list[Candidate] = []
+        self._ahead: list[tuple[int, list[list[int]]] | None] = [None] * len(self._tables)
         # What every source is owed, in samples / whole.
         self._owed = [
             share * self._draws - draws * self._whole for share, draws in zip(self._shares, self._draws_of)

@@ -1,6 +1,7 @@
 """Turns records and the files they name into indexed tar shards.
 
     python -m data.prepare records.jsonl --format megrez --out shards
+    python -m data.prepare hf:NAME --format asr --map text=sentence --out shards
 
 Every record gets a row: what cannot be used is kept with the cause, and left out of training.
 """
@@ -12,18 +13,22 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from data.config import LimitsConfig
 from data.formats import FORMATS
+from data.hub import HUB, read_hub
 from data.index import FolderIndex, ShardIndex, describe, summarize
 from data.layouts import Quarantined
-from data.options import add_shared_options, positive, read_limits, read_tags
-from data.records import SampleMaker, count_records, find_files, read_records
+from data.options import add_shared_options, positive, read_limits, read_map, read_tags
+from data.records import Record, SampleMaker, count_records, find_files, read_records
 from data.sample import Sample
 from data.scan import index_shards
 from data.shards import SAMPLES_PER_SHARD, fill_folder, whole_folder
+
+SPLIT = "train"
 
 
 def prepare(options: argparse.Namespace) -> dict:
@@ -34,9 +39,9 @@ def prepare(options: argparse.Namespace) -> dict:
         RuntimeError: the disk is full, or a decoding process died.
     """
     limits = read_limits(options.limit)
-    files = [file for source in options.sources for file in find_files(source, options.format)]
+    records = _hub_records(options) if options.sources[0].startswith(HUB) else _file_records(options)
     with whole_folder(options.out) as folder:
-        shards = fill_folder(_samples(files, options, limits), folder, options.samples_per_shard)
+        shards = fill_folder(_samples(records, options, limits), folder, options.samples_per_shard)
         if not shards:
             raise ValueError(f"{options.sources[0]}: holds no records. Check the file.")
         index_shards(shards, "native", limits, options.workers)
@@ -47,16 +52,45 @@ def prepare(options: argparse.Namespace) -> dict:
 
 
 def _samples(
-    files: list[tuple[str, str]], options: argparse.Namespace, limits: LimitsConfig
+    records: Records, options: argparse.Namespace, limits: LimitsConfig
 ) -> Iterator[Sample | Quarantined]:
     maker = SampleMaker(options.format, read_tags(options.tags), limits)
-    total = sum(count_records(path) for path, _ in files) or None
+    total = records.total or None
     with tqdm(desc="writing", total=total, unit=" records") as bar:
-        for path, name in files:
-            folder = options.prefix or os.path.dirname(path) or "."
-            for record in read_records(path, name):
-                yield maker.make(record, folder)
-                bar.update()
+        for record, folder in records.each:
+            yield maker.make(record, folder)
+            bar.update()
+
+
+class Records(NamedTuple):
+    """Records, each with the folder that its media are in, and about how many there are."""
+
+    each: Iterator[tuple[Record, str]]
+    total: int = 0
+
+
+def _file_records(options: argparse.Namespace) -> Records:
+    if options.config or options.map or options.split != SPLIT:
+        raise ValueError("--config, --split, --map: are for data sets. Write the source as hf:NAME.")
+    files = [file for source in options.sources for file in find_files(source, options.format)]
+    each = (
+        (record, options.prefix or os.path.dirname(path) or ".")
+        for path, name in files
+        for record in read_records(path, name)
+    )
+    return Records(each, sum(count_records(path) for path, _ in files))
+
+
+def _hub_records(options: argparse.Namespace) -> Records:
+    columns = read_map(options.map)
+    if wrong := [source for source in options.sources if not source.startswith(HUB)]:
+        raise ValueError(f"{wrong[0]}: is a file, and others here are data sets. Prepare them one by one.")
+    each = (
+        (record, options.prefix or source[len(HUB) :])
+        for source in options.sources
+        for record in read_hub(source, options.config, options.split, columns)
+    )
+    return Records(each)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,11 +101,23 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="example: python -m data.prepare records.jsonl --format megrez --out shards/chat --tags chat",
     )
     parser.add_argument(
-        "sources", nargs="+", metavar="SRC", help=".jsonl or .json files; for text also folders"
+        "sources",
+        nargs="+",
+        metavar="SRC",
+        help=".jsonl or .json files; for text also folders; hf:NAME or hf:FOLDER for a data set of the hub",
     )
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="what a record looks like")
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--prefix", help="folder that media paths start from (default: that of the file)")
+    parser.add_argument("--config", help="of a data set: which configuration")
+    parser.add_argument("--split", default=SPLIT, help=f"of a data set: which split (default: {SPLIT})")
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="of a data set: take a field of the format from this column, such as text=sentence (repeatable)",
+    )
     add_shared_options(parser)
     parser.add_argument("--samples-per-shard", type=positive, default=SAMPLES_PER_SHARD)
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes that decode")

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,33 @@ from data.sample import Part, Sample, SampleError
 NESTED = "the record is nested too deeply"
 
 
+Held = Callable[[], bytes]
+"""Reads a picture or clip that comes with a record."""
+
+
 @dataclass(slots=True)
 class Record:
     """A parsed record, or the raw text of one that could not be parsed, with the reason.
 
-    `raw` is the line it came from, where it has one of its own.
+    `raw` is the line it came from, where it has one of its own; `held` the media that came with it, by
+    the reference it has for them.
     """
 
     value: Any
     origin: str
     problem: str = ""
     raw: bytes = b""
+    held: dict[str, Held] = field(default_factory=dict)
 
 
 class FolderMedia(MediaSource):
-    """Media of one record, as files below a folder. Their bytes are read and numbered."""
+    """Media of one record, as files below a folder or `held` by it. Their bytes are read and numbered."""
 
-    def __init__(self, folder: str, limits: LimitsConfig):
+    def __init__(self, folder: str, limits: LimitsConfig, held: dict[str, Held] | None = None):
         super().__init__()
         self.folder = os.path.realpath(folder)
         self.limits = limits
+        self.held = held or {}
 
     def part(self, kind: MediaKind, reference: str) -> Part:
         """Returns the part of a file, having read it.
@@ -73,6 +80,10 @@ class FolderMedia(MediaSource):
 
     def _read(self, kind: MediaKind, reference: str) -> bytes:
         try:
+            if reference in self.held:
+                data = self.held[reference]()
+                self._check_size(kind, reference, len(data))
+                return data
             path = os.path.realpath(os.path.join(self.folder, reference))
             if os.path.commonpath([self.folder, path]) != self.folder:
                 advice = (
@@ -85,7 +96,10 @@ class FolderMedia(MediaSource):
                     cause="path_outside",
                 )
             with open(path, "rb", opener=_open_plainly) as file:
-                self._check_size(kind, reference, os.fstat(file.fileno()))
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise SampleError(f"{kind} {reference!r} is not a file", cause="media_missing")
+                self._check_size(kind, reference, status.st_size)
                 return file.read()
         except SampleError:
             raise
@@ -94,13 +108,11 @@ class FolderMedia(MediaSource):
                 f"{kind} {reference!r} cannot be read ({error})", cause="media_missing"
             ) from error
 
-    def _check_size(self, kind: MediaKind, reference: str, status: os.stat_result) -> None:
-        if not stat.S_ISREG(status.st_mode):
-            raise SampleError(f"{kind} {reference!r} is not a file", cause="media_missing")
+    def _check_size(self, kind: MediaKind, reference: str, num_bytes: int) -> None:
         most = self.limits.image_bytes if kind == "image" else self.limits.audio_bytes
-        if status.st_size > most:
+        if num_bytes > most:
             raise SampleError(
-                f"{kind} {reference!r} has {status.st_size} bytes, more than data.limits.{kind}_bytes={most}",
+                f"{kind} {reference!r} has {num_bytes} bytes, more than data.limits.{kind}_bytes={most}",
                 cause=f"{kind}_too_large",
             )
 
@@ -128,7 +140,7 @@ class SampleMaker:
         except RecursionError:
             content, problem = record.raw or record.origin.encode(), NESTED
         key = self._key(content)
-        media = FolderMedia(folder, self.limits)
+        media = FolderMedia(folder, self.limits, record.held)
         try:
             if problem:
                 raise SampleError(problem, cause="record_malformed")

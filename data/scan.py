@@ -5,6 +5,7 @@ So what cannot be decoded is known before training. Decoding runs in worker proc
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypedDict
+from typing import BinaryIO, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +30,7 @@ from data.config import LimitsConfig
 from data.layouts import ReadMember, parse_members
 from data.media import audio_num_samples, image_size
 from data.sample import Part, Sample, SampleError
+from data.urls import INDEX_SUFFIX
 
 MEMBER_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 """Key and part name, split at the first dot of the last path component, as webdataset does."""
@@ -39,7 +41,8 @@ ROWS_PER_TASK = 32
 INDEX_VERSION = 2
 """Raised when the columns or their meaning change; other versions must be indexed again."""
 
-INDEX_SUFFIX = ".index.parquet"
+HEADER_BYTES = 2**20
+"""What one header of a tar may be long, names and extended headers included."""
 
 END_BYTES = 64 * 2**10
 """How much of each end of a tar is compared where its time has changed since it was indexed."""
@@ -96,12 +99,14 @@ def scan_shard(path: str, limits: LimitsConfig) -> list[Group]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
                 whole = _collect(tar, size, groups)
-                file.seek(tar.offset)
-                # tarfile ends quietly at a damaged header; only a block of zeros is a real end.
-                problem = "" if whole and file.read(512) == bytes(512) else "no end mark"
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+                # tarfile ends quietly at a damaged header; only zeros up to the last byte are a real end.
+                problem = "" if whole and _ends_in_zeros(file, tar.offset) else "no end mark"
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            # tarfile raises much for hostile headers: RecursionError, IndexError, ...
             problem = str(error)
     for group in groups:
         if len(group.members) > limits.parts:
@@ -117,10 +122,33 @@ def scan_shard(path: str, limits: LimitsConfig) -> list[Group]:
     return groups
 
 
+class _Headers:
+    """A tar as tarfile may read it: header by header, none of them longer than `HEADER_BYTES`."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Returns the next bytes, unless a header asks for too many or for less than none."""
+        if not 0 <= size <= HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
+def _ends_in_zeros(file: BinaryIO, place: int) -> bool:
+    file.seek(place)
+    blocks = iter(lambda: file.read(2**20), b"")
+    first = next(blocks, b"")
+    return len(first) >= 512 and not any(first) and not any(any(block) for block in blocks)
+
+
 def _collect(tar: tarfile.TarFile, size: int, groups: list[Group]) -> bool:
     """Adds every member to its group; returns False where one reaches beyond the end of the file."""
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # or tarfile would keep all headers of the shard
+        if member.size < 0 or tar.offset <= member.offset:
+            return False  # some versions of tarfile would read the same header for ever
         if not member.isreg() or member.issparse():
             continue
         if member.offset_data + member.size > size:
@@ -166,14 +194,16 @@ def measure_rows(
 
 
 def _measure(descriptor: int, group: Group, layout: str, limits: LimitsConfig, tags: tuple[str, ...]) -> Row:
-    members = [{"name": name, "offset": at, "size": size} for name, (at, size) in group.members.items()]
-    row = Row(
-        key=group.key, members=members, images=[], audios=[], digest="", tags=[], cause=None, message=None
-    )
+    row = _row(group)
     content = hashlib.sha256()
+    most = 2 * max(limits.text_bytes, limits.image_bytes, limits.audio_bytes)  # media may stand in the json
 
     def read(name: str) -> bytes:
         offset, size = group.members[name]
+        if size > most:
+            raise SampleError(
+                f"{name} has {size} bytes, more than data.limits allows", cause="text_too_large"
+            )
         data = os.pread(descriptor, size, offset)
         content.update(data)
         return data
@@ -184,12 +214,22 @@ def _measure(descriptor: int, group: Group, layout: str, limits: LimitsConfig, t
         row["cause"], row["message"] = _writable(error.cause), _writable(str(error))[:MESSAGE_CHARS]
     except OSError:
         raise  # the disk's affair: decoders' errors come as SampleError
+    except MemoryError as error:
+        advice = "Use fewer --workers, or lower one of --limit."
+        raise RuntimeError(f"{group.key}: memory ran out at this sample. {advice}") from error
     except Exception as error:
         # The sample border: whatever hostile bytes provoke must not end the indexing.
         message = _writable(f"{type(error).__name__}: {error}")
         row["cause"], row["message"] = "unexpected", message[:MESSAGE_CHARS]
     row["digest"] = content.hexdigest()
     return row
+
+
+def _row(group: Group) -> Row:
+    members = [{"name": name, "offset": at, "size": size} for name, (at, size) in group.members.items()]
+    return Row(
+        key=group.key, members=members, images=[], audios=[], digest="", tags=[], cause=None, message=None
+    )
 
 
 def _fill(
@@ -206,8 +246,20 @@ def _fill(
             f"{len(media)} media, more than data.limits.parts={limits.parts}", cause="too_many_parts"
         )
     for name, part in media.items():
+        if name in group.members:
+            _check_bytes(name, part.kind, group.members[name][1], limits)
         data = sample.media[name] if name in sample.media else read(name)
         _measure_media(row, sample, part, data, limits)
+
+
+def _check_bytes(name: str, kind: str, size: int, limits: LimitsConfig) -> None:
+    """Refuses a medium before it is read into memory."""
+    most = limits.image_bytes if kind == "image" else limits.audio_bytes
+    if size > most:
+        raise SampleError(
+            f"{name}: it has {size} bytes, more than data.limits.{kind}_bytes={most}",
+            cause=f"{kind}_too_large",
+        )
 
 
 def _measure_media(row: Row, sample: Sample, part: Part, data: bytes, limits: LimitsConfig) -> None:
@@ -283,13 +335,24 @@ def build_index(
 
 
 def _write(table: pa.Table, path: str, mode: int) -> None:
+    try:
+        _write_whole(table, path, mode)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise RuntimeError(
+            f"{path}: cannot be written ({reason}). Free some space, or get the right to write there, "
+            f"and run again: what is indexed already stays."
+        ) from error
+
+
+def _write_whole(table: pa.Table, path: str, mode: int) -> None:
     # A name of its own, so that two processes that index the same shard do not collide.
     descriptor, unfinished = tempfile.mkstemp(
         prefix=f"{os.path.basename(path)}.", suffix=".part", dir=os.path.dirname(path) or "."
     )
     os.close(descriptor)
     try:
-        pq.write_table(table, unfinished, compression="zstd")
+        pq.write_table(table, unfinished, compression="zstd", write_page_checksum=True)
         os.chmod(unfinished, mode)
         os.replace(unfinished, path)
     except BaseException:
@@ -308,11 +371,7 @@ def _fingerprint(format: str, rows: list[Row]) -> str:
 def index_shards(
     shards: list[str], format: str, limits: LimitsConfig, workers: int, tags: tuple[str, ...] = ()
 ) -> None:
-    """Builds the index of every shard in `workers` processes, with a progress bar.
-
-    Raises:
-        RuntimeError: one of the processes died.
-    """
+    """Builds the index of every shard in `workers` processes, with a progress bar."""
     sizes = [os.path.getsize(shard) for shard in shards]
     with (
         _process_map(workers) as mapper,
@@ -320,15 +379,9 @@ def index_shards(
     ):
         for number, (shard, size) in enumerate(zip(shards, sizes), start=1):
             bar.set_postfix_str(f"shard {number} of {len(shards)}")
-            try:
-                build_index(
-                    shard, format, limits, mapper, lambda share, size=size: bar.update(share * size), tags
-                )
-            except BrokenProcessPool as error:
-                raise RuntimeError(
-                    f"{shard}: a process died while decoding it, for lack of memory or in a codec. "
-                    f"Use fewer --workers, or find the sample with --workers 1."
-                ) from error
+            build_index(
+                shard, format, limits, mapper, lambda share, size=size: bar.update(share * size), tags
+            )
 
 
 @contextmanager
@@ -336,8 +389,58 @@ def _process_map(workers: int) -> Iterator[Mapper]:
     if workers <= 1:
         yield map
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    pool = MeasuringPool(workers)
+    try:
+        yield pool.map
+    finally:
+        pool.close()
+
+
+class MeasuringPool:
+    """Processes that measure rows. One that dies of a sample, in a codec, costs that sample alone."""
+
+    def __init__(self, workers: int):
+        self._workers = workers
+        self._start(workers)
+
+    def _start(self, workers: int) -> None:
+        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+    def map(
+        self, measure: Callable[[list[Group]], list[Row]], tasks: list[list[Group]]
+    ) -> Iterator[list[Row]]:
+        """Yields the rows of every task; after a death, those of the groups that are left one by one."""
+        num_done = 0
         try:
-            yield pool.map
-        finally:
-            pool.shutdown(cancel_futures=True)
+            for rows in self._pool.map(measure, tasks):
+                num_done += 1
+                yield rows
+        except BrokenProcessPool:
+            self._start_one(measure)
+            for task in tasks[num_done:]:
+                yield [row for group in task for row in self._measure_alone(measure, group)]
+            self.close()
+            self._start(self._workers)
+
+    def _start_one(self, measure: Callable[[list[Group]], list[Row]]) -> None:
+        self._start(1)
+        try:
+            self._pool.submit(measure, []).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "--workers: a process dies before it has decoded anything. Look whether memory ran out."
+            ) from error
+
+    def _measure_alone(self, measure: Callable[[list[Group]], list[Row]], group: Group) -> list[Row]:
+        try:
+            return self._pool.submit(measure, [group]).result()
+        except BrokenProcessPool:
+            self._start_one(measure)
+            row = _row(group)
+            message = "the process that decoded it died, in a codec or for lack of memory"
+            row["cause"], row["message"] = "decoder_died", message
+            return [row]
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.shutdown(cancel_futures=True)

@@ -20,9 +20,11 @@ from typing import BinaryIO
 from data.index import UNFINISHED, FolderIndex, ShardIndex
 from data.layouts import Quarantined, native_members, parse_members
 from data.sample import Sample, SampleError
+from data.transport import Absent
 
 SAMPLES_PER_SHARD = 10_000
 BYTES_PER_SHARD = 512 * 2**20
+MAX_OPEN = 64
 
 
 @contextmanager
@@ -34,7 +36,7 @@ def whole_folder(out: str) -> Iterator[str]:
     """
     final, unfinished = Path(out), Path(f"{out.rstrip('/')}.unfinished")
     _check_free(final, out)
-    unfinished.mkdir(parents=True, exist_ok=True)
+    _make(unfinished, out)
     with open(_claim(unfinished), "wb") as mark:
         _lock(mark, out)
         try:
@@ -52,6 +54,15 @@ def whole_folder(out: str) -> Iterator[str]:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise RuntimeError(f"out={out}: the disk is full. Free some space and run again.") from error
             raise
+
+
+def _make(folder: Path, out: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"out={out}: cannot be made ({error.strerror}). Choose a folder that you may write to."
+        ) from error
 
 
 def _check_free(final: Path, out: str) -> None:
@@ -108,24 +119,24 @@ def fill_folder(
 class _Descriptor:
     """An open file that closes when nobody uses it any more, so eviction cannot pull it from a reader."""
 
-    def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY)
+    def __init__(self, number: int):
+        self.number = number
 
     def __del__(self):
-        if hasattr(self, "number"):
-            os.close(self.number)
+        os.close(self.number)
 
 
 class ShardReader:
     """Reads samples of an indexed folder by shard and row. Opens files when first needed, keeps some.
 
-    Picklable: in another process it opens files anew.
+    Shards in a cache are not kept open, since that would keep them there. Picklable: in another process
+    it opens files anew.
     """
 
-    def __init__(self, folder: FolderIndex, source: str | None = None, max_open: int = 64):
+    def __init__(self, folder: FolderIndex, source: str | None = None, max_open: int | None = None):
         self.folder = folder
         self.source = os.path.basename(folder.path.rstrip("/")) if source is None else source
-        self.max_open = max_open
+        self.max_open = max_open if max_open is not None else 0 if folder.cache else MAX_OPEN
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -175,9 +186,12 @@ class ShardReader:
                 self._open.move_to_end(shard)
                 return self._open[shard]
             try:
-                descriptor = _Descriptor(index.path)
+                descriptor = _Descriptor(self.folder.open(shard))
             except FileNotFoundError as error:
                 raise self._unreadable(index, key, "the file is gone") from error
+            except (Absent, RuntimeError) as error:
+                where = f"{self.source}/{index.name}/{key}"
+                raise SampleError(f"{where}: {str(error).rstrip('.')}", cause="shard_unreadable") from error
             num_bytes = os.fstat(descriptor.number).st_size
             if num_bytes != index.num_bytes:
                 raise self._unreadable(index, key, f"the file has {num_bytes} bytes, not {index.num_bytes}")

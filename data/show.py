@@ -23,7 +23,8 @@ from data.chat_template import adopt_template
 from data.config import DataConfig
 from data.encode import Encoder, Layout
 from data.geometry import MediaConfig
-from data.index import FolderIndex, load_folder
+from data.index import FolderIndex
+from data.remote import load_source
 from data.sample import IGNORE, MediaSize, Sample, SampleError
 from data.shards import ShardReader
 from data.template import MediaSpan
@@ -58,7 +59,8 @@ def load_configs(overrides: list[str]) -> tuple[DataConfig, MediaConfig]:
 
 def load_sources(config: DataConfig) -> dict[str, FolderIndex]:
     """Returns the index of every source, those for training first."""
-    return {name: load_folder(source.path) for name, source in (config.sources | config.held_out).items()}
+    sources = config.sources | config.held_out
+    return {name: load_source(source.path, config) for name, source in sources.items()}
 
 
 def first_keys(folders: dict[str, FolderIndex]) -> dict[str, list[str]]:

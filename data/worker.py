@@ -57,21 +57,26 @@ def _pin(item: Any) -> Any:
 class Progress:
     """What every worker is at, in shared memory: so a hung or killed one can be told by its sample.
 
-    Shapes: table int64 [workers, 4]: process id, number of the work item (-1 when idle), and the
-    place of the sample in it (pack, position).
+    Shapes: table int64 [workers, 5]: process id, number of the work item (-1 when idle), the place of
+    the sample in it (pack, position), and 1 while its shard is fetched.
     """
 
     def __init__(self, workers: int):
-        self.table = torch.full((max(workers, 1), 4), -1, dtype=torch.int64).share_memory_()
+        self.table = torch.full((max(workers, 1), 5), -1, dtype=torch.int64).share_memory_()
 
-    def note(self, number: int, pack: int = 0, position: int = 0) -> None:
+    def note(self, number: int, pack: int = 0, position: int = 0, fetching: bool = False) -> None:
         """Writes down what this process is at."""
         info = get_worker_info()
-        self.table[info.id if info else 0] = torch.tensor([os.getpid(), number, pack, position])
+        row = [os.getpid(), number, pack, position, int(fetching)]
+        self.table[info.id if info else 0] = torch.tensor(row)
 
     def rows(self) -> list[tuple[int, int, int, int]]:
         """Returns (process id, work item, pack, position) of every worker that is at a sample."""
-        return [(pid, number, pack, place) for pid, number, pack, place in self.table.tolist() if number >= 0]
+        return [(pid, *place) for pid, *place, _ in self.table.tolist() if place[0] >= 0]
+
+    def is_fetching(self) -> bool:
+        """Returns whether a worker waits for a remote shard."""
+        return bool((self.table[:, 4] == 1).any())
 
 
 class MicroBatches(Dataset):
@@ -100,15 +105,16 @@ class MicroBatches(Dataset):
             for place, pack in enumerate(item.packs):
                 rows.append([])
                 for position, ref in enumerate(pack.refs):
-                    self.progress.note(item.number, place, position)
+                    is_here = self.folders[ref.source].has(ref.shard)
+                    self.progress.note(item.number, place, position, fetching=not is_here)
                     rows[-1].append(self._load(ref))
         except OSError as error:
             return Loaded(None, f"{self.name(ref)}: cannot be read ({error}). Check the disk and the mount.")
         except MemoryError:
             advice = "Use fewer data.workers, a smaller data.prefetch, or lower data.limits."
             return Loaded(None, f"{self.name(ref)}: memory ran out at this. {advice}")
-        except SampleError as error:  # `_load` lets through no other than a shard that is gone
-            return Loaded(None, f"{error}.")
+        except (SampleError, RuntimeError) as error:  # a shard or its index that is gone or has changed
+            return Loaded(None, f"{str(error).rstrip('.')}.")
         finally:
             self.progress.note(-1)
         return Loaded(collate(rows, **self.collate_options))
@@ -119,6 +125,8 @@ class MicroBatches(Dataset):
         return f"{ref.source}/{shard.name}/{shard.keys[ref.row]}"
 
     def _load(self, ref: SampleRef) -> EncodedSample | BlankSegment:
+        shard = self.folders[ref.source].shards[ref.shard]
+        key = shard.keys[ref.row]  # reads the index, whose damage is no sample's fault
         try:
             return self._encode(ref)
         except SampleError as error:
@@ -130,8 +138,7 @@ class MicroBatches(Dataset):
         except Exception as error:
             # The sample border: whatever a decoder throws at hostile bytes must not end the run.
             cause, message = "unexpected", f"{type(error).__name__}: {error}"
-        shard = self.folders[ref.source].shards[ref.shard]
-        info = Dropped(ref.source, shard.name, shard.keys[ref.row], cause, message)
+        info = Dropped(ref.source, shard.name, key, cause, message)
         return BlankSegment(ref.length, info)
 
     def _encode(self, ref: SampleRef) -> EncodedSample:
@@ -154,13 +161,13 @@ class MicroBatches(Dataset):
 
 
 def start_worker(_worker_id: int) -> None:
-    """Makes a worker deaf to SIGINT and SIGTERM: the rank answers them, and still needs its batches.
+    """Makes a worker deaf to requests to end, which SLURM sends to all processes: the rank answers them.
 
     It ends with its rank, even with one that was killed: torch looks for the process it was forked
     from, which is not the rank but the forkserver.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_rank, name="end-with-rank", daemon=True).start()
 
 

@@ -68,6 +68,19 @@ def check_stages(stages: list[Stage], history: History, world_size: int) -> dict
     return {stage.name: digest for stage, digest in zip(stages, digests)}
 
 
+def check_stage(stage: Stage, world_size: int) -> None:
+    """Checks one stage that is not complete as `train.py` and its ranks will, without torch.
+
+    Raises:
+        ValueError: with all that is wrong.
+    """
+    _, found = _digests(stage, Indexes())
+    found += _refusals_of_config(stage, world_size) + _refusals_of_folder(stage)
+    found += _caught(lambda: open_first_weights(stage.config))
+    if found:
+        raise ValueError("\n".join(found))
+
+
 def _refusals_of_config(stage: Stage, world_size: int) -> list[str]:
     """Returns what the config alone tells of what would stop the stage later."""
     config = stage.config

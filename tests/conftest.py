@@ -1,18 +1,21 @@
 """Shards that several tests share, and markers that skip by themselves with a reason."""
 
-import shutil
-
 import pytest
 
 from tests.records import KINDS, prepare, write_records
+from tests.slurm.cluster import missing
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-tables", action="store_true", help="write what was measured into docs/")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not _has_cuda():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "slurm" in item.keywords and shutil.which("slurmctld") is None:
-            item.add_marker(pytest.mark.skip(reason="needs SLURM (slurmctld is not installed)"))
+        if "slurm" in item.keywords and (reason := missing()):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _has_cuda() -> bool:

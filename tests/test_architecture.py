@@ -115,8 +115,8 @@ def test_imports_follow_the_arrows(path):
         assert "torch" not in roots, f"{name} imports torch"
 
 
-def test_a_pipeline_leaves_torch_alone():
-    code = "import sys, launch.pipeline; sys.exit('torch' in sys.modules)"
+def test_pipelines_and_slurm_leave_torch_alone():
+    code = "import sys, launch.pipeline, launch.slurm; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

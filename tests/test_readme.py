@@ -23,12 +23,14 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torch.distributed.run import get_args_parser
 
 from data.config import SourceConfig
 from data.formats import FORMATS, MediaSource, read_record
 from data.sample import Part
 from launch.pipeline import build_parser
 from launch.request import read_request
+from launch.slurm import read_order
 from launch.stages import Stage, compose_stages
 from tests.records import jpeg, wav
 from tests.train.launching import Finished, environment
@@ -47,11 +49,16 @@ MODULE_COMMANDS = (
     "data.demo",
     "launch.curves",
     "launch.pipeline",
+    "launch.slurm",
     "train.chat",
     "train.evaluate",
     "train.export",
+    "train.preflight",
     "train.replay",
 )
+
+OF_SLURM = {"--full", "--kill-on-bad-exit", "--requeue", "--signal", "--wait"}
+"""Options of sbatch, srun and scancel that the pages name."""
 
 
 def name_of(path: Path) -> str:
@@ -185,6 +192,10 @@ def test_every_shell_command_of_a_page_is_accepted(page, copy):
             assert parsed.training_script == "train.py"
             assert parsed.config_file is None or (ROOT / parsed.config_file).is_file()
             words = ["python", "train.py", *parsed.training_script_args]
+        if words[:1] == ["torchrun"]:
+            options = get_args_parser().parse_args(words[1:])
+            words = ["python", *(["-m"] if options.module else []), options.training_script]
+            words += options.training_script_args
         if words[:2] == ["python", "train.py"]:
             settings = [word for word in words[2:] if not word.startswith("--") and word != "job"]
             if not any(word.startswith("data") for word in settings):
@@ -192,6 +203,12 @@ def test_every_shell_command_of_a_page_is_accepted(page, copy):
             config_of(copy, settings)
         elif words[:3] == ["python", "-m", "launch.pipeline"]:
             assert compose_pipeline(words[3:])
+        elif words[:3] == ["python", "-m", "launch.slurm"]:
+            order = read_order([word for word in words[3:] if not word.startswith("-")])
+            if order.pipeline:
+                assert compose_pipeline([order.pipeline, *order.words])
+            else:
+                config_of(copy, order.words)
         elif words[:2] == ["python", "-m"]:
             assert words[2] in MODULE_COMMANDS
 
@@ -207,11 +224,12 @@ def compose_pipeline(words: list[str]) -> list[Stage]:
 
 @pytest.fixture(scope="module")
 def known_options(copy):
-    """Every option of our commands, of the launcher, and those of Hydra that the pages name."""
-    found = {"--cfg", "--resolve", "--help"} | {"--use_deepspeed"}
-    for action in launch_command_parser()._actions:
-        found.update(action.option_strings)
-    for module in MODULE_COMMANDS:
+    """Every option of our commands, of the launchers, and those of Hydra and pytest that the pages name."""
+    found = {"--cfg", "--resolve", "--help"} | {"--use_deepspeed"} | {"--write-tables"} | OF_SLURM
+    for parser in (launch_command_parser(), get_args_parser()):
+        for action in parser._actions:
+            found.update(action.option_strings)
+    for module in (*MODULE_COMMANDS, "tests.soak"):
         found.update(re.findall(r"--[a-z][a-z-]*", help_of(module)))
     return found
 

@@ -266,25 +266,36 @@ class EvalConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """How often to save and how many to keep."""
+    """How often to save, in steps, and what to keep: the last `keep`, and every one at a multiple of
+    `keep_every`. `background` writes while training goes on, from a copy in host memory."""
 
     every: int = 500
     keep: int = 2
+    keep_every: int | None = None
+    background: bool = True
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
-        return [
+        found = [
             f"{name}={getattr(self, name)}: must be at least 1."
-            for name in ("every", "keep")
-            if getattr(self, name) < 1
+            for name in ("every", "keep", "keep_every")
+            if getattr(self, name) is not None and getattr(self, name) < 1
         ]
+        if not found and self.keep_every and self.keep_every % self.every:
+            found.append(
+                f"keep_every={self.keep_every}: must be a multiple of checkpoint.every={self.every}. "
+                f"Use {-(-self.keep_every // self.every) * self.every}."
+            )
+        return found
 
 
 @dataclass(kw_only=True, slots=True)
 class LogConfig:
-    """What is shown. `peak_tflops` of one device is needed for MFU where it is not known by name."""
+    """What is shown. `peak_tflops` of one device is needed for MFU where it is not known by name;
+    `samples` writes the keys of every step's samples into `samples.jsonl`."""
 
     every: int = 10
+    samples: bool = False
     peak_tflops: float | None = None
     wandb: WandbMode = WandbMode.off
     wandb_project: str = "omni-trainer"

@@ -9,6 +9,7 @@ from typing import Literal
 from data.chat_template import adopt_template
 from data.counts import Tables, build_tables
 from data.encode import Encoder
+from data.fetch_ahead import check_room
 from data.loader import Loader
 from data.plan import Planner
 from data.tokenizer import load_tokenizer
@@ -19,7 +20,15 @@ from train.parent import tokenizer_folder
 
 Split = Literal["train", "held_out"]
 
-__all__ = ["Tables", "build_encoder", "build_loader", "build_planner", "load_held_out", "load_tables"]
+__all__ = [
+    "Tables",
+    "build_encoder",
+    "build_loader",
+    "build_planner",
+    "check_cache",
+    "load_held_out",
+    "load_tables",
+]
 
 
 def build_encoder(config: RunConfig) -> Encoder:
@@ -77,6 +86,12 @@ def load_held_out(config: RunConfig, engine: Engine, encoder: Encoder) -> tuple[
     if config.objective is Objective.next_token or not config.eval.samples:
         return tables, tables
     return tables, load_tables(config, engine, encoder, "held_out", to_answer=True)
+
+
+def check_cache(config: RunConfig, tables: Tables, held_out: Tables) -> None:
+    """Raises ValueError where `data.cache_gib` is too small for training and an evaluation in between."""
+    folders = [*tables.folders.values(), *held_out.folders.values()]
+    check_room(folders, config.data.shuffle_shards, config.data.cache_gib)
 
 
 def build_planner(config: RunConfig, tables: Tables, *, epochs: float | None) -> Planner:

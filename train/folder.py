@@ -29,6 +29,7 @@ FREE = (
     "data.prefetch",
     "data.timeout_seconds",
     "data.cache",
+    "data.cache_gib",
     "eval",
     "checkpoint",
     "log",
@@ -57,6 +58,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.spikes = self.path / "spikes"
         self.hangs = self.path / "hangs"
+        self.samples = self.path / "samples.jsonl"
         self.ledger = self.path / "ledger.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from data.ledger import Ledger
 from data.loader import Loader, StepBatches
 from data.sample import Batch, Dropped
-from train.checkpoint import save_checkpoint
 from train.compose import to_yaml
 from train.config import OnSpikes, RunConfig
 from train.engine import Engine, StepResult
@@ -20,6 +20,7 @@ from train.flops import TOWER_PARTS, training_flops, work_of
 from train.folder import RunFolder, naming
 from train.meters import Meters
 from train.rollback import MAX_ROLLBACKS, roll_back
+from train.saver import Saver
 from train.schedule import lr_factor
 from train.sinks import Sink
 from train.spikes import GradientNorms, describe_skip, keep_spike
@@ -54,6 +55,7 @@ class Training:
     config: RunConfig
     engine: Engine
     loader: Loader
+    saver: Saver
     meters: Meters
     ledger: Ledger
     folder: RunFolder
@@ -92,12 +94,18 @@ def train(run: Training) -> Path:
         run.step = work.step
         went_back = _roll_back_if_due(run)
         # Asked after the update, so that a signal costs no further step before the save.
-        stop = reason_of(run.engine.sum_over_ranks(run.stopping.flags()))
+        flags = run.engine.sum_over_ranks([*run.stopping.flags(), float(run.saver.is_written)])
+        stop = reason_of(flags[:-1])
+        if flags[-1] == run.engine.world_size:
+            with run.meters.saving():
+                run.saver.complete()
+        if run.config.log.samples:
+            _write_samples(run, work)
         due = Due.at(run, stop=bool(stop) or went_back)
         if due.log:
             run.last_record = _measure(run, work, result)
         if due.save:  # before an evaluation, so that an end during that loses no step
-            checkpoint = _save(run, work)
+            checkpoint = _save(run, work, wait=bool(stop) or due.evaluate)
         if due.log and not (stop and due.evaluate and run.step < run.total_steps):
             _write_record(run, evaluate=due.evaluate)  # else the next start does it: there is no time now
         _check_stop_rules(run, stop, checkpoint)
@@ -238,11 +246,22 @@ def _write_record(run: Training, *, evaluate: bool) -> None:
             held_out = run.evaluate(run.step)
         if held_out:
             run.last_record["held_out"] = held_out
+    run.last_record["save_seconds"] = run.meters.take_save_seconds()
     for sink in run.sinks:
         sink.write(run.last_record)
 
 
-def _save(run: Training, work: StepBatches) -> Path:
+def _write_samples(run: Training, work: StepBatches) -> None:
+    """Adds the keys of a step's samples, over all ranks, to `samples.jsonl`."""
+    mine = [f"{info.source}/{info.key}" for batch in work.batches for info in batch.samples]
+    named = sorted(key for keys in run.engine.gather_objects(mine) for key in keys)
+    if run.engine.is_main:
+        with run.folder.samples.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": work.step, "samples": named}, ensure_ascii=False) + "\n")
+
+
+def _save(run: Training, work: StepBatches, *, wait: bool) -> Path:
+    """Saves; without `wait` the checkpoint is complete some steps later."""
     ledger = write_ledger(run)
     state = {
         "step": run.step,
@@ -259,10 +278,11 @@ def _save(run: Training, work: StepBatches) -> Path:
         "config": to_yaml(run.config),
         "versions": versions(),
     }
-    with run.meters.paused():
-        return save_checkpoint(
-            run.engine, run.folder.checkpoints, run.step, state, run.config.checkpoint.keep
-        )
+    with run.meters.saving():
+        checkpoint = run.saver.save(run.step, state)
+        if wait:
+            run.saver.finish()
+    return checkpoint
 
 
 def write_ledger(run: Training) -> Ledger:
@@ -299,6 +319,7 @@ def _roll_back_if_due(run: Training) -> bool:
     if count < config.max_skipped_steps:
         return False
     can = config.on_spikes is OnSpikes.rollback and run.rollbacks < MAX_ROLLBACKS
+    run.saver.finish()  # so that which checkpoints there are does not depend on the speed of the disk
     first = run.step - count  # the last step that changed anything: its weights failed at every step since
     found = roll_back(run.engine, run.folder.checkpoints, first, run.norms) if can else None
     if found is None:

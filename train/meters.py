@@ -98,6 +98,7 @@ class Meters:
         self.peak = peak
         self.skipped_steps = skipped_steps
         self._device = device
+        self._save_seconds = 0.0
         self.start()
 
     def start(self) -> None:
@@ -144,6 +145,19 @@ class Meters:
         started = time.perf_counter()
         yield
         self._window_started += time.perf_counter() - started
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Keeps the time inside out of speeds, and counts it as time that saving kept a step waiting."""
+        started = time.perf_counter()
+        with self.paused():
+            yield
+        self._save_seconds += time.perf_counter() - started
+
+    def take_save_seconds(self) -> float:
+        """Returns the time spent in `saving` since this was last asked."""
+        seconds, self._save_seconds = self._save_seconds, 0.0
+        return seconds
 
     def record(
         self, step: int, all_reduce: AllReduce, world_size: int, *, epoch: float = 0.0, **fields: Any

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from train.checkpoint import PieceReader, restore_checkpoint
 from train.engine import Engine
+from train.manifest import complete_folders, step_of
 from train.spikes import GradientNorms
 
 MAX_ROLLBACKS = 3
@@ -20,9 +21,8 @@ def roll_back(engine: Engine, checkpoints: Path, before: int, norms: GradientNor
 
     Returns it; None where there is none.
     """
-    folders = checkpoints.glob("step-*/manifest.json")
-    found = [file.parent for file in folders if int(file.parent.name[5:]) < before]
-    chosen: Path | None = engine.gather_objects(max(found, default=None))[0]
+    found = [folder for folder in complete_folders(checkpoints) if step_of(folder) < before]
+    chosen: Path | None = engine.gather_objects(found[0] if found else None)[0]
     if chosen is not None:
         reader = PieceReader(chosen)
         restore_checkpoint(engine, reader)

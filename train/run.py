@@ -15,21 +15,31 @@ from data.plan import Planner
 from train import stage
 from train.adapters import add_adapters
 from train.banner import describe_data, describe_run, describe_sample, module_sizes
-from train.checkpoint import PieceReader, copy_weights, newest_checkpoint, restore_checkpoint
+from train.checkpoint import copy_weights, open_newest, restore_checkpoint
 from train.compose import readable_errors
 from train.config import Precision, RunConfig
-from train.data import Tables, build_encoder, build_loader, build_planner, load_held_out, load_tables
+from train.data import (
+    Tables,
+    build_encoder,
+    build_loader,
+    build_planner,
+    check_cache,
+    load_held_out,
+    load_tables,
+)
 from train.engine import Engine, build_engine, start_engine
 from train.first_weights import FirstWeights, open_first_weights
 from train.flops import peak_flops
 from train.folder import RunFolder
 from train.held_out import EVALUATION, HeldOut
 from train.loop import Preempted, Training, train, write_ledger
+from train.manifest import remove_partial
 from train.meters import Meters
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model
 from train.model.stand_in import MODEL_OF
-from train.sinks import Sink, SinkRun, build_sinks
+from train.saver import Saver
+from train.sinks import Sink, SinkRun, build_sinks, keep_until
 from train.spikes import GradientNorms
 from train.stopping import EXIT_STOPPED, StopRequests
 from train.watchdog import Watchdog
@@ -64,10 +74,12 @@ def _run(
     engine = build_engine(config, accelerator, model)
     if engine.is_main:
         folder.create(config)
+        remove_partial(folder.checkpoints)
     encoder = build_encoder(config)
     tables = load_tables(config, engine, encoder, "train")
     held_out, answered = load_held_out(config, engine, encoder)
     _check_held_out(config, held_out)
+    check_cache(config, tables, held_out)
     planner = build_planner(config, tables, epochs=config.num_epochs)
     total_steps = config.num_steps or planner.num_steps()
     assert total_steps is not None
@@ -75,6 +87,7 @@ def _run(
         config=config,
         engine=engine,
         loader=build_loader(config, engine, tables, encoder, planner),
+        saver=Saver(engine, folder.checkpoints, config.checkpoint),
         meters=Meters([table.name for table in tables.tables], engine.device, peak=_peak(config, engine)),
         ledger=Ledger(),
         folder=folder,
@@ -134,6 +147,7 @@ def _close(training: Training) -> None:
     training.loader.close()
     for sink in training.sinks:
         sink.close()
+    training.saver.close()
     training.engine.close()
 
 
@@ -148,17 +162,17 @@ def _peak(config: RunConfig, engine: Engine) -> float | None:
 def _begin(
     training: Training, planner: Planner, first: FirstWeights, beginnings: FirstWeightsReader
 ) -> list[str]:
-    """Restores the newest checkpoint, or copies the first weights; returns in words which.
+    """Restores the newest whole checkpoint, or copies the first weights; returns in words which.
 
     Raises:
-        ValueError: the checkpoint is damaged, or its first weights are not those of now.
+        ValueError: no checkpoint is whole, or its first weights are not those of now.
     """
     training.parent_weights_digest = first.digest
-    newest = newest_checkpoint(training.folder.checkpoints)
-    if newest is None:
+    reader = open_newest(training.engine, training.folder.checkpoints)
+    if reader is None:
         copy_weights(training.engine, beginnings)
+        _cut_back(training)
         return first.report()
-    reader = PieceReader(newest)
     _check_parent(training, reader.state)
     restore_checkpoint(training.engine, reader)
     state = reader.state
@@ -171,7 +185,14 @@ def _begin(
     _restore_record(training, state["record"])
     if training.engine.is_main:
         training.ledger.restore(state["ledger"])
-    return [f"Goes on after step {training.step} from {newest}."]
+    _cut_back(training)
+    return [f"Goes on after step {training.step} from {reader.folder}."]
+
+
+def _cut_back(training: Training) -> None:
+    """Drops what later steps have left: they are done again."""
+    if training.engine.is_main and training.folder.samples.exists():
+        keep_until(training.folder.samples, training.step)
 
 
 def _check_parent(training: Training, state: dict[str, Any]) -> None:

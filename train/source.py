@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from train.checkpoint import PieceReader, newest_checkpoint
+from train.checkpoint import PieceReader
 from train.config import RunConfig
 from train.first_weights import open_first_weights
 from train.folder import RunFolder
+from train.manifest import DamagedError, check_checkpoint, newest_checkpoint
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model
 from train.model.stand_in import MODEL_OF
@@ -47,6 +48,10 @@ def open_run(config: RunConfig) -> tuple[Any, int]:
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
         raise ValueError(f"run={folder.path}: has no weights yet. Wait for its first checkpoint.")
+    try:
+        check_checkpoint(newest)
+    except DamagedError as error:
+        raise ValueError(f"{error}. Start the run again: it sets {newest.name} aside.") from error
     pieces = PieceReader(newest)
     whole = FrozenFromStart(config, pieces, open_first(config))
     if config.lora.rank:

@@ -90,7 +90,7 @@ def test_cache_of_another_template_or_index_is_never_used(cached, monkeypatch):
 
 def test_damaged_cache_file_is_counted_anew(cached):
     first = tables_of(cached)
-    files = sorted(Path(cached.cache).rglob("*.npz"))
+    files = sorted(Path(cached.cache).rglob("*.tar.counts"))
     assert len(files) == 4
     files[0].write_bytes(files[0].read_bytes()[:100])
     files[1].write_bytes(b"")
@@ -114,7 +114,7 @@ def test_unwritable_cache_asks_for_another_folder(mixed, tmp_path):
 def test_counts_lie_beside_the_shards_and_the_folder_stays_readable(tmp_path):
     path = prepare_folder(tmp_path, [record(n) for n in range(5)], tmp_path / "text")
     tables_of(data_config(path))
-    assert len(list(Path(path, ".counts").rglob("*.npz"))) == 1
+    assert len(list(Path(path, ".counts").rglob("*.tar.counts"))) == 1
     assert not list(Path(path, ".counts").rglob("*.partial"))
     assert load_folder(path).num_rows == 5
 
@@ -160,13 +160,13 @@ def test_keys_of_others_that_end_in_a_number_are_held_out_one_by_one():
 
 def test_counts_are_written_under_a_name_that_no_other_process_uses(cached, monkeypatch):
     names = []
-    save = np.savez
+    write = Path.write_bytes
 
-    def record_name(file, **arrays):
-        names.append(file.name)
-        save(file, **arrays)
+    def record_name(path, content):
+        names.append(str(path))
+        return write(path, content)
 
-    monkeypatch.setattr(np, "savez", record_name)
+    monkeypatch.setattr(Path, "write_bytes", record_name)
     folder = load_folder(cached.sources["mixed"].path)
     for place in ("one", "one"):
         counts = count_shard(folder, 0, Encoder(cached, MEDIA, TOKENIZER))
@@ -307,7 +307,7 @@ def test_shard_that_cannot_be_read_is_not_cached_as_bad_samples(tmp_path):
     os.rename(folder.shards[0].path, tmp_path / "away.tar")
     with pytest.raises(RuntimeError, match="the file is gone"):
         count_folder(folder, Encoder(config, MEDIA, TOKENIZER), "data.sources.text", None)
-    assert not list(Path(path).rglob("*.npz"))
+    assert not list(Path(path).rglob("*.tar.counts"))
     os.rename(tmp_path / "away.tar", folder.shards[0].path)
     assert len(tables_of(config).tables[0]) == 3
 

@@ -145,6 +145,10 @@ def test_a_missing_path_is_named():
         (["data.pack.length=8192"], "data.pack.length=8192: longer than"),
         (["data.holdout=1.5"], "data.holdout=1.5: must be"),
         (["checkpoint.keep=0"], "checkpoint.keep=0: must be at least 1"),
+        (
+            ["checkpoint.every=50", "checkpoint.keep_every=120"],
+            "checkpoint.keep_every=120: must be a multiple of checkpoint.every=50. Use 150.",
+        ),
         (["media.image.patch_pixels=0"], "media.image.patch_pixels=0: must be"),
         (["model.llm.kv_heads=7"], "model.llm.kv_heads=7: must divide"),
         (["recipe=vision_align", "model.recompute.vision_encoder=true"], "keeps no activations"),

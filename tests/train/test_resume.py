@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -160,22 +161,29 @@ def test_a_frozen_module_comes_through_a_bf16_stage_without_changing_by_one_bit(
     assert any(not torch.equal(parent[name], parent[name].bfloat16().float()) for name in resampler)
 
 
-def test_a_damaged_checkpoint_is_refused_with_its_reason(tmp_path, text_shards):
-    words = (
-        *SMALL,
-        f"data.path={text_shards}",
-        "train.steps=4",
-        "train.packs_per_step=2",
-        "checkpoint.every=2",
-    )
+def test_a_damaged_checkpoint_is_set_aside_with_its_reason_and_the_one_before_is_used(tmp_path, mixed_shards):
+    words = (*WORDS, f"data.path={mixed_shards}", "train.steps=6")
     run = launch(tmp_path / "run", *words)
-    for path in (run.folder / "final").iterdir():
-        path.unlink()
-    (run.folder / "final").rmdir()
-    broken = run.folder / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
-    broken.write_bytes(broken.read_bytes()[:-100])
-    again = launch(run.folder, *words, code=2)
-    assert str(broken) in again.output and "bytes were written" in again.output
+    losses, weights = run.losses, run.weights()
+    shutil.rmtree(run.folder / "final")
+    last = run.folder / "checkpoints" / "step-00000006"
+    broken = last / "rank-00000.safetensors"
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2] ^= 1  # its size stays
+    broken.write_bytes(content)
+    again = launch(run.folder, *words, "zero=zero2", processes=2)
+    assert f"{broken}: other bytes than were written" in again.output
+    assert (run.folder / "checkpoints" / "damaged-step-00000006").is_dir()
+    assert "Goes on after step 3" in again.output
+    assert [record["step"] for record in again.records] == list(range(1, 7))
+    assert again.losses == pytest.approx(losses, rel=1e-5)
+    assert all(torch.allclose(weights[name], mine, atol=1e-6) for name, mine in again.weights().items())
+    shutil.rmtree(run.folder / "final")
+    for step in (3, 6):
+        (run.folder / "checkpoints" / f"step-{step:08d}" / "state.json").unlink()
+    for _ in range(2):  # nor does the next start begin from the first step in silence
+        none = launch(run.folder, *words, code=2)
+        assert "no whole checkpoint is left; damaged-step-00000003, damaged-step-00000006" in none.output
 
 
 def test_old_checkpoints_go_and_a_half_written_one_is_never_taken(tmp_path, text_shards):
@@ -185,14 +193,19 @@ def test_old_checkpoints_go_and_a_half_written_one_is_never_taken(tmp_path, text
         "train.packs_per_step=2",
         "checkpoint.every=1",
         "checkpoint.keep=2",
+        "checkpoint.keep_every=2",
     )
     partial = tmp_path / "run" / "checkpoints" / ".partial-step-00000009"  # of a save that was killed
     partial.mkdir(parents=True)
     (partial / "manifest.json").write_text("{}")
-    run = launch(tmp_path / "run", *words, "train.steps=5")
+    run = launch(tmp_path / "run", *words, "train.steps=5", "log.samples=true")
     kept = sorted(path.name for path in (run.folder / "checkpoints").glob("step-*"))
-    assert kept == ["step-00000004", "step-00000005"]
-    assert not partial.exists()
+    assert kept == ["step-00000002", "step-00000004", "step-00000005"]
+    assert not list((run.folder / "checkpoints").glob(".*"))
+    assert all(record["save_seconds"] > 0 for record in run.records)
+    lines = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert sum(len(line["samples"]) for line in lines) == run.stage["samples"]["good"]
     assert "RANDOM WEIGHTS" in run.output
 
 

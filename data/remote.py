@@ -1,0 +1,139 @@
+"""Remote sources: which shards a URL stands for, and their indexes, brought to this machine at the start."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from data.config import DataConfig
+from data.download import Patience, ask, fetch_bytes
+from data.index import UNFINISHED, FolderIndex, ShardIndex, check_formats, load_folder
+from data.scan import index_path
+from data.shard_cache import ShardCache
+from data.transport import Absent, describe_version, list_store
+from data.urls import PIPE, expand, index_url, is_remote, names_shards, shard_name
+
+CONNECTIONS = 16
+"""Indexes that are asked for at the same time."""
+
+
+class _Place(NamedTuple):
+    """A shard, and the version of its index where a listing told it."""
+
+    url: str
+    version: str | None = None
+
+
+def load_source(path: str, config: DataConfig) -> FolderIndex:
+    """Returns the index of a folder of shards, or of a remote source whose shards go to `data.cache`.
+
+    Raises:
+        ValueError: it is missing, empty or unfinished, or a shard has no valid index.
+        RuntimeError: a store does not answer.
+    """
+    if not is_remote(path):
+        return load_folder(path)
+    assert config.cache, "a config without a cache for its remote sources"
+    cache = ShardCache(os.path.abspath(config.cache), int(config.cache_gib * 2**30))
+    return load_remote(path, cache)
+
+
+def load_remote(path: str, cache: ShardCache) -> FolderIndex:
+    """Returns the index of a remote source; raises like `load_source`."""
+    folder = cache.place_of(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache={cache.folder}: cannot be written ({error.strerror}).") from error
+    (folder / "source").write_text(f"{path}\n")  # for people who wonder what lies here
+    places = _find_shards(path, cache.patience)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        shards = list(pool.map(partial(_load_shard, folder, cache.patience), places))
+    check_formats(shards)
+    return FolderIndex(path, shards, cache)
+
+
+def fetch_counts(folder: FolderIndex, fingerprint: str, files: dict[int, Path]) -> None:
+    """Brings token counts, one file per shard, from beside the shards, if somebody has put them there.
+
+    That spares the first run reading all shards once. What cannot be had is left out.
+    """
+    assert folder.cache, "a folder that is not remote"
+    patience = replace(folder.cache.patience, attempts=2)
+
+    def fetch(shard: int) -> bool:
+        index = folder.shards[shard]
+        if index.url.startswith(PIPE):
+            return False
+        beside = f"{index.url.rpartition('/')[0]}/.counts/{fingerprint}/{files[shard].name}"
+        try:
+            content = fetch_bytes(beside, patience)
+        except (Absent, RuntimeError):
+            return False
+        _write(files[shard], content)
+        return True
+
+    first, *others = files
+    if fetch(first):
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(fetch, others))
+
+
+def _find_shards(path: str, patience: Patience) -> list[_Place]:
+    if names_shards(path):
+        return [_Place(url) for url in expand(path)]
+    found = _ask(path, partial(list_store, path, patience.stall_seconds), patience)
+    if UNFINISHED in found:
+        raise ValueError(f"{path}: was not finished. Run `python -m data.prepare` again, and upload it.")
+    tars = sorted(name for name in found if name.endswith(".tar"))
+    if not tars:
+        raise ValueError(f"{path}: holds no .tar shards. Check the URL.")
+    base = path.rstrip("/")
+    places = [_Place(f"{base}/{name}", found.get(index_path(name))) for name in tars]
+    for place in places:
+        if place.version is None:
+            raise ValueError(_no_index(place.url))
+    return places
+
+
+def _load_shard(folder: Path, patience: Patience, place: _Place) -> ShardIndex:
+    """Returns the index of a shard, fetched if it is not here in its present version."""
+    shard = folder / shard_name(place.url)
+    index, url = Path(index_path(str(shard))), index_url(place.url)
+    note = index.with_name(f".{index.name}.version")
+    try:
+        version = place.version
+        if version is None:
+            version = _ask(url, partial(describe_version, url, patience.stall_seconds), patience)
+        if not (version and index.is_file() and note.is_file() and note.read_text() == version):
+            _write(index, fetch_bytes(url, patience))
+            _write(note, version.encode())
+    except Absent as error:
+        raise ValueError(f"{_no_index(place.url)} ({error})") from error
+    try:
+        return ShardIndex(str(shard), place.url)
+    except ValueError as error:
+        note.unlink(missing_ok=True)
+        raise ValueError(f"{url}: {error}") from error
+
+
+def _ask(url, question, patience: Patience):
+    return ask(url, question, patience, moved=lambda: False)
+
+
+def _no_index(url: str) -> str:
+    return (
+        f"{url}: has no index beside it, {os.path.basename(index_url(url))}. "
+        "Run `python -m data.index` where the shards were made, and upload the indexes too."
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
