@@ -42,6 +42,9 @@ JPEG_SCANS = 100
 """Passes over the picture that a progressive JPEG may make (10 are usual): each costs time, and few bytes."""
 
 SAMPLE_RATE_HZ = 16000
+LEAST_RATE_HZ, MOST_RATE_HZ = 100, 1_000_000
+"""Beyond them, a resampler takes seconds and hundreds of megabytes for its filters."""
+
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -240,6 +243,8 @@ def _resampled(data: bytes, limits: LimitsConfig) -> Iterator[np.ndarray]:
             resampler: av.AudioResampler | None = None
             seconds = 0.0
             for frame in _frames(container, stream):
+                if not LEAST_RATE_HZ <= frame.sample_rate <= MOST_RATE_HZ:
+                    raise SampleError(f"a rate of {frame.sample_rate} Hz is not real", cause="audio_corrupt")
                 seconds += frame.samples / frame.sample_rate
                 if seconds > limits.audio_seconds + 1:
                     raise _too_long(limits)  # at 100 Hz one frame may become gigabytes

@@ -90,7 +90,8 @@ class Pipeline:
         def count(number: int, frame: object) -> None:
             self.stop_asked += 1
 
-        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, count) for number in numbers}
         try:
             yield
         finally:

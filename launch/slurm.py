@@ -202,7 +202,7 @@ def _refuse_twice(home: Path) -> None:
     for file in (home / JOBS).glob("*/jobs.json"):
         numbers = json.loads(file.read_text()).values()
         command = ["squeue", "-h", "-o", "%A", "-j", ",".join(numbers)]
-        live = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        live = sorted(subprocess.run(command, capture_output=True, text=True).stdout.split(), key=int)
         if live:
             raise ValueError(
                 f"{home}: job {', '.join(live)} is not over yet. Wait for it, or scancel {' '.join(live)}."

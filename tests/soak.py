@@ -32,7 +32,6 @@ TOLERANCE = 1e-3
 """Relative, for losses of a run whose number of ranks changed at random: roundings add up over its steps."""
 END_SECONDS = 60.0
 """Within this all ranks must have ended after one was killed, or after SIGTERM."""
-EXIT_STOPPED = 75
 KINDS_OF_KILL = ("SIGKILL of all ranks", "SIGKILL of one rank", "SIGTERM")
 MOMENTS = ("start", "training", "save")
 WEIGHTS_OF_MOMENTS = (1, 4, 3)
@@ -148,10 +147,6 @@ class Lane:
     def run(self) -> Path:
         return self.folder / f"run-{self.number}"
 
-    @property
-    def is_complete(self) -> bool:
-        return (self.run / "final" / "stage.json").is_file()
-
 
 class Soak:
     """Kills, starts again and compares."""
@@ -181,14 +176,14 @@ class Soak:
         folder.mkdir()
         job = Job(folder / "run", folder / "run.log", 2, (*self.words, "data.workers=0"))
         job.start()
-        if not job.wait(24 * 3600) or any(job.codes):
+        if not job.wait(24 * 3600) or not is_complete(job.folder):
             raise RuntimeError(f"{job.log}: the reference run failed:\n{job.log.read_text()[-2000:]}")
         self.reference = Finished(job.folder, 0, "")
         self.keys = read_samples(job.folder)
 
     def attempt(self, lane: Lane, *, kill: bool) -> None:
         """Starts a lane's run once, and kills it at a random moment unless it ends before."""
-        if lane.is_complete:
+        if is_complete(lane.run):
             lane.number += 1
         job = self._job_of(lane)
         first = step_of(newest) if (newest := newest_checkpoint(lane.run / "checkpoints")) else 0
@@ -197,13 +192,13 @@ class Soak:
         told = f"{lane.name} {lane.number}: {job.ranks} ranks, {job.words[-1]}, from step {first}; "
         if kill:
             told += self._kill(job, *self._how_and_when())
-        elif not job.wait(24 * 3600) or any(job.codes):
+        elif not job.wait(24 * 3600) or not is_complete(job.folder):
             self._fault(f"{told}exit statuses {job.codes}; see {job.log}")
         # A start that came as far as its first step has cut back what the one before left.
         if inode(lane.run / "samples.jsonl") != before:
             self._account(job, first)
         print(f"{told}, at step {max(read_samples(lane.run), default=0)}", flush=True)
-        if lane.is_complete:
+        if is_complete(lane.run):
             self._compare(lane)
 
     def _job_of(self, lane: Lane) -> Job:
@@ -219,7 +214,7 @@ class Soak:
         """Waits for the moment, kills, waits for the end, and tells what was done."""
         if not self._wait_for(job, moment):
             job.wait(0)
-            if not (job.folder / "final" / "stage.json").is_file():
+            if not is_complete(job.folder):
                 self._fault(f"{job.folder}: ended by itself with {job.codes}; see {job.log}")
             return "ended before it could be killed"
         trains, saves = has_trained(job), save_under_way(job.folder)
@@ -257,14 +252,14 @@ class Soak:
         return True
 
     def _check_stopped(self, job: Job) -> None:
-        """After SIGTERM all is saved, or the run was at its end."""
-        if set(job.codes) == {EXIT_STOPPED}:
-            saved = newest_checkpoint(job.folder / "checkpoints")
-            last = max(read_samples(job.folder))
-            if saved is None or step_of(saved) != last:
-                self._fault(f"{job.folder}: {saved} is not the step {last} at which SIGTERM stopped it")
-        elif any(job.codes):
-            self._fault(f"{job.folder}: exit statuses {job.codes} after SIGTERM; see {job.log}")
+        """After SIGTERM the last finished step is saved, or the run is complete: judged by what is left."""
+        saved = newest_checkpoint(job.folder / "checkpoints")
+        last = max(read_samples(job.folder))
+        if not is_complete(job.folder) and (saved is None or step_of(saved) != last):
+            self._fault(
+                f"{job.folder}: SIGTERM stopped it at step {last} with exit statuses {job.codes}, but "
+                f"{saved} is the newest checkpoint; see {job.log}"
+            )
 
     def _account(self, job: Job, first: int) -> None:
         """Compares the samples of every step that a start from step `first` executed with the reference's."""
@@ -329,6 +324,11 @@ class Soak:
         print(f"FAULT {text}", flush=True)
 
 
+def is_complete(run: Path) -> bool:
+    """Whether a run has ended with its result."""
+    return (run / "final" / "stage.json").is_file()
+
+
 def read_samples(run: Path) -> dict[int, list[str]]:
     """Returns the samples of every step that a run's folder tells of; a line cut short counts as none."""
     path = run / "samples.jsonl"
@@ -373,7 +373,7 @@ def soak(minutes: float, seed: int, out: Path, steps: int) -> Report:
         work.attempt(work.lanes[turn % 2], kill=True)
         turn += 1
     for lane in work.lanes:
-        if not lane.is_complete:
+        if not is_complete(lane.run):
             print("to its end  ", end="", flush=True)
             work.attempt(lane, kill=False)
         if not work.report.runs_completed[lane.name]:

@@ -38,6 +38,7 @@ TORCH_FREE = {
     "train/parent.py",
     "train/parts.py",
     "train/release.py",
+    "train/replay.py",
     "train/request.py",
     "train/sampling.py",
     "train/sinks.py",

@@ -54,6 +54,7 @@ MODULE_COMMANDS = (
     "train.evaluate",
     "train.export",
     "train.preflight",
+    "train.replay",
 )
 
 OF_SLURM = {"--full", "--kill-on-bad-exit", "--requeue", "--signal", "--wait"}

@@ -114,6 +114,7 @@ class Answering:
 
     def _generate(self, batch: Batch) -> list[str]:
         engine = self.engine
+        engine.sign("answers to held-out samples")
         halved = engine.config.precision is Precision.bf16 and engine.config.zero.stage == 0
         with torch.autocast(engine.device.type, torch.bfloat16, enabled=halved):
             found = generate(

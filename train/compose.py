@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from train.config import Objective, RunConfig, all_problems
 
 ROOT = Path(__file__).resolve().parent.parent
+PASSING = (errno.EIO, errno.ESTALE)
+"""What a network file system says in passing: another start may find it well again."""
 
 
 def register() -> None:
@@ -111,6 +114,8 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
 def readable_errors(every_rank: bool = False) -> Iterator[None]:
     """Prints mistakes a person can mend without a traceback and exits with 2.
 
+    A disk or network that failed in passing, where another start may get further, exits with 1.
+
     Until the ranks have met they all make the same mistakes, so only the first prints; later
     (`every_rank`) each speaks for itself.
     """
@@ -127,17 +132,17 @@ def readable_errors(every_rank: bool = False) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        _refuse(
-            f"{speaker}{error.filename or 'file system'}: {error.strerror}. Mend it and start again.", quiet
-        )
+        text = f"{speaker}{error.filename or 'file system'}: {error.strerror}. Mend it and start again."
+        passing = isinstance(error, (ConnectionError, TimeoutError)) or error.errno in PASSING
+        _refuse(text, quiet, status=1 if passing else 2)
 
 
-def _refuse(text: str, quiet: bool) -> None:
+def _refuse(text: str, quiet: bool, status: int = 2) -> None:
     if sys.flags.dev_mode:  # python -X dev shows the traceback
         raise
     if not quiet:
         print(text, file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def reword(error: Exception) -> str:

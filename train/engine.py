@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from train.compose import refuse_world
 from train.config import Precision, RunConfig
@@ -390,6 +392,7 @@ def start_engine(config: RunConfig):
         raise ValueError("\n".join(found))
     plugin = _plugin(config, world_size) if config.zero.stage else None
     limit = collective_timeout(config)
+    _join_again(limit)
     if not torch.cuda.is_available():
         PartialState(
             cpu=True, timeout=limit
@@ -402,6 +405,21 @@ def start_engine(config: RunConfig):
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=limit)],
         gradient_accumulation_steps=accumulation(config, world_size),
     )
+
+
+def _join_again(limit: timedelta | None) -> None:
+    """Meets the other ranks where a launcher (`--max_restarts`) has started all of them again.
+
+    A static rendezvous keeps one store for all attempts, where ranks find the addresses of dead ones; so
+    each later attempt gets names of its own in it.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or dist.is_initialized():
+        return
+    store, rank, world_size = next(rendezvous("env://"))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store = PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
 
 
 def _partition(model: nn.Module, settings: dict, device: torch.device) -> None:

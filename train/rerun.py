@@ -187,9 +187,8 @@ def format_found(found: Found) -> str:
         f"step {found['step']}: {len(found['samples'])} samples of {found['samples_from']}",
         f"weights of {found['weights_from']}",
     ]
-    behind = found["step"] - 1 - found["weights_step"]
-    if behind:
-        lines.append(f"These are {behind} steps older than those of the run, whose loss was another.")
+    if found["weights_step"] < found["step"] - 1:
+        lines.append(f"The run itself had those of step {found['step'] - 1}, so its loss was another.")
     lines.append(f"  {'loss':>10}  {'tokens':>6}  {'modality':12} sample")
     order = sorted(found["samples"], key=lambda line: (line["finite"], -(line["loss"] or 0.0)))
     lines += [_line(line) for line in order]

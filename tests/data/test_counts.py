@@ -160,13 +160,13 @@ def test_keys_of_others_that_end_in_a_number_are_held_out_one_by_one():
 
 def test_counts_are_written_under_a_name_that_no_other_process_uses(cached, monkeypatch):
     names = []
-    save = np.savez
+    write = Path.write_bytes
 
-    def record_name(file, **arrays):
-        names.append(file.name)
-        save(file, **arrays)
+    def record_name(path, content):
+        names.append(str(path))
+        return write(path, content)
 
-    monkeypatch.setattr(np, "savez", record_name)
+    monkeypatch.setattr(Path, "write_bytes", record_name)
     folder = load_folder(cached.sources["mixed"].path)
     for place in ("one", "one"):
         counts = count_shard(folder, 0, Encoder(cached, MEDIA, TOKENIZER))

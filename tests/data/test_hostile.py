@@ -33,6 +33,7 @@ from tests.data.corpus import (
     wav_bytes,
     write_media,
 )
+from tests.data.dying import die_of_one
 from tests.fuzz.damage import header
 
 LIMITS = LimitsConfig()
@@ -154,6 +155,15 @@ def test_ten_hours_of_sound_in_some_kilobytes_are_refused_within_bounds(rate, gr
     with pytest.raises(SampleError) as caught:
         audio_num_samples(data, LIMITS)
     assert caught.value.cause == "audio_too_long" and grown() < allowed
+
+
+@pytest.mark.parametrize("rate", [1, 99, 10**6 + 1, 2**28, 2**29])
+def test_rate_that_no_recording_has_is_refused_before_it_is_resampled(rate, grown):
+    data = bytearray(wav_bytes(8000))
+    struct.pack_into("<I", data, 24, rate)
+    with pytest.raises(SampleError) as caught:
+        audio_num_samples(bytes(data), LIMITS)
+    assert caught.value.cause == "audio_corrupt" and grown() < 64 * MEBIBYTE
 
 
 def lying_wav():
@@ -297,6 +307,17 @@ def test_shard_lost_in_the_middle_of_a_run_stops_it_by_name(two_shards, strike, 
             pass
 
 
+def test_index_made_again_before_a_worker_reads_it_stops_the_run_and_blames_no_sample(two_shards):
+    config = data_config(two_shards, workers=1)
+    tables = tables_of(config)
+    loader = loader_of(config, tables, planner_of(config, tables))
+    assert main([two_shards, "--again", "--workers", "1", "--tags", "new"]) == 0
+    with pytest.raises(
+        RuntimeError, match=r"^\S+index\.parquet: has changed while in use\. Start the run again\.$"
+    ):
+        next(iter(loader))
+
+
 def lie(path, column, field, change):
     """Changes a number in the first row of an index."""
     table = pq.read_table(index_path(path))
@@ -383,25 +404,21 @@ def test_footer_of_an_index_that_says_nonsense_is_refused(two_shards):
         load_folder(two_shards)
 
 
-def die_of_one(measure, task):
-    """Measures a task, unless a decoder would crash on one of its groups."""
-    if any(group.key in ("k3", "k40") for group in task):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return measure(task)
-
-
 def test_sample_that_kills_a_decoder_is_quarantined_and_all_others_are_indexed(tmp_path):
-    path = tar_of(tmp_path / "shard-000000.tar", *(member(f"k{n}.txt", b"a document") for n in range(70)))
+    path = tar_of(tmp_path / "shard-000000.tar", *(member(f"k{n}.txt", b"a document") for n in range(40)))
     pool = MeasuringPool(2)
-    for _ in range(2):  # the pool goes on after a death
+    for function, dead in ((die_of_one, ["k3"]), (None, [])):  # the pool goes on after a death
         build_index(
-            path, "text", LIMITS, lambda measure, tasks: pool.map(partial(die_of_one, measure), tasks)
+            path,
+            "text",
+            LIMITS,
+            lambda f, tasks, function=function: pool.map(partial(function, f) if function else f, tasks),
         )
+        shard = load_folder(str(tmp_path)).shards[0]
+        assert [shard.keys[row] for row in shard.errors] == dead
+        assert all(cause == "decoder_died" for cause, _ in shard.errors.values())
+        assert shard.keys == [f"k{n}" for n in range(40)]
     pool.close()
-    shard = load_folder(str(tmp_path)).shards[0]
-    assert [shard.keys[row] for row in shard.errors] == ["k3", "k40"]
-    assert {cause for cause, _ in shard.errors.values()} == {"decoder_died"}
-    assert shard.keys == [f"k{n}" for n in range(70)]
 
 
 def test_concatenated_tars_do_not_lose_the_second_silently(tmp_path):

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from train.compose import register, reword, to_run_config, to_yaml
+from train.compose import readable_errors, register, reword, to_run_config, to_yaml
 from train.config import RunConfig, all_problems
 from train.folder import RunFolder
 
@@ -222,3 +222,14 @@ def test_yaml_of_a_config_composes_to_itself(tmp_path):
         OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(to_yaml(config)))
     )
     assert again == config
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(OSError(28, "No space left on device", "x"), 2), (OSError(5, "Input/output error", "x"), 1)],
+)
+def test_a_disk_that_failed_in_passing_is_no_mistake_of_a_person(error, status, capsys):
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        raise error
+    assert ended.value.code == status
+    assert capsys.readouterr().err == f"x: {error.strerror}. Mend it and start again.\n"
