@@ -45,15 +45,18 @@ def load_source(path: str, config: DataConfig) -> FolderIndex:
 
 def load_remote(path: str, cache: ShardCache) -> FolderIndex:
     """Returns the index of a remote source; raises like `load_source`."""
+    places = _find_shards(path, cache.patience)
     folder = cache.place_of(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "source", f"{path}\n".encode())  # for people who wonder what lies here
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            shards = list(pool.map(partial(_load_shard, folder, cache.patience), places))
     except OSError as error:
-        raise ValueError(f"data.cache={cache.folder}: cannot be written ({error.strerror}).") from error
-    (folder / "source").write_text(f"{path}\n")  # for people who wonder what lies here
-    places = _find_shards(path, cache.patience)
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        shards = list(pool.map(partial(_load_shard, folder, cache.patience), places))
+        raise ValueError(
+            f"data.cache={cache.folder}: cannot be used ({error.strerror or error}). "
+            "Free some space, or name a folder that you may write to."
+        ) from error
     check_formats(shards)
     return FolderIndex(path, shards, cache)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from data.download import Patience, download
+from data.download import Patience, download, say
 from data.scan import digest_of_ends
 
 LOOK_SECONDS = 0.1
@@ -81,16 +81,19 @@ class ShardCache:
             NoRoom: for a long time nothing could make place for it.
             Absent, RuntimeError: it cannot be fetched.
         """
-        deadline = time.monotonic() + self.patience.room_seconds
+        waited_seconds = 0.0
         while True:
             try:
                 if (number := self.open_now(shard)) is not None:
                     return number
-                deadline = time.monotonic() + self.patience.room_seconds
-            except NoRoom:
-                if time.monotonic() > deadline:
+                waited_seconds = 0.0  # another process is fetching it
+            except NoRoom as error:
+                if waited_seconds >= self.patience.room_seconds:
                     raise
+                if waited_seconds == 0.0:
+                    say(f"{error} Waits up to {self.patience.room_seconds:g} s for room.")
             time.sleep(LOOK_SECONDS)
+            waited_seconds += LOOK_SECONDS
 
     def open_now(self, shard: CachedShard) -> int | None:
         """Returns the same; None while another process is fetching the shard.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import pytest
@@ -175,6 +175,12 @@ def test_a_shard_of_other_content_is_refused_and_an_earlier_one_replaced(shards,
         os.close(folder.open(1))
 
 
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(store, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"data\.cache=.*file: cannot be used \(Not a directory\)"):
+        load_remote(named(store), ShardCache(str(tmp_path / "file"), 10**9, QUICK))
+
+
 def _read_randomly(folder, seed):
     draw, reader = random.Random(seed), ShardReader(folder, "s")
     for _ in range(60):
@@ -283,6 +289,7 @@ def test_a_loader_gives_the_same_from_afar_and_goes_on_with_an_empty_cache(shard
     whole, _ = batches(local)
     store.faults["shard-000004.tar"] = ["cut", "error"]
     first, state = batches(remote, steps=2)
+    assert not active_children()  # neither workers nor what fetches for them
     shutil.rmtree(tmp_path / "cache")
     second, _ = batches(remote, state=state)
     ended.set()
