@@ -33,6 +33,5 @@ def test_the_ledger_after_a_kill_and_a_resume_is_that_of_a_run_never_killed(tmp_
     whole, killed = ((tmp_path / name / "ledger.jsonl").read_text() for name in ("whole", "killed"))
     assert killed == whole
     entries = [json.loads(line) for line in whole.splitlines()]
-    assert len({entry["key"] for entry in entries}) == 6
     assert all(entry["cause"] and entry["message"] for entry in entries)
     assert sorted({entry["step"] == 0 for entry in entries}) == [False, True]
