@@ -29,33 +29,6 @@ Place = tuple[str, int]
 """Source and number of a shard."""
 
 
-def room_needed(folders: list[FolderIndex], shuffle_shards: int) -> int:
-    """Returns the bytes of the largest two windows of every remote source: what a run keeps in the cache."""
-    needed: dict[str, int] = {}
-    for folder in folders:
-        if (
-            folder.cache
-        ):  # one that is trained on and evaluated on is read in two places, but it is there once
-            sizes = sorted((shard.num_bytes for shard in folder.shards), reverse=True)
-            window = sum(sizes[: 2 * shuffle_shards])
-            needed[folder.path] = min(needed.get(folder.path, 0) + window, sum(sizes))
-    return sum(needed.values())
-
-
-def check_room(folders: list[FolderIndex], shuffle_shards: int, cache_gib: float) -> None:
-    """Raises ValueError where the cache is too small for what is read at a time."""
-    needed = room_needed(folders, shuffle_shards) / 2**30
-    if needed > cache_gib:
-        raise ValueError(
-            f"data.cache_gib={cache_gib:g}: the remote shards of two windows have {needed:.3g} GiB, and are "
-            f"needed at a time. Use at least {_rounded_up(needed)}, or lower data.shuffle_shards."
-        )
-
-
-def _rounded_up(gib: float) -> str:
-    return f"{gib * 1.01:.3g}" if gib < 10 else f"{int(gib) + 1}"
-
-
 class FetchAhead:
     """A process that fetches what `want` names, the first first, and keeps that in the cache."""
 

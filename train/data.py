@@ -9,9 +9,9 @@ from typing import Literal
 from data.chat_template import adopt_template
 from data.counts import Tables, build_tables
 from data.encode import Encoder
-from data.fetch_ahead import check_room
 from data.loader import Loader
 from data.plan import Planner
+from data.remote import check_room
 from data.tokenizer import load_tokenizer
 from train.config import Objective, RunConfig
 from train.engine import Engine

@@ -18,9 +18,8 @@ import torch
 
 from data.config import SourceConfig
 from data.download import Patience
-from data.fetch_ahead import check_room, room_needed
 from data.index import load_folder
-from data.remote import load_remote, load_source
+from data.remote import check_room, load_remote, load_source, room_needed
 from data.shard_cache import NoRoom, ShardCache
 from data.shards import ShardReader
 from data.transport import Absent
@@ -248,6 +247,9 @@ def test_a_cache_below_two_windows_is_refused_with_the_number(shards, store, cac
     check_room([folder], 2, needed)
     with pytest.raises(ValueError, match=rf"data\.cache_gib=1e-06: .* have {needed:.3g} GiB"):
         check_room([folder], 2, 1e-6)
+    config = data_config("x", cache=cache.folder, cache_gib=1e-6)
+    with pytest.raises(ValueError, match="Use at least"):  # at once, and not after counting tokens
+        load_source(named(store), config)
 
 
 def batches(config, state=None, steps=None):
