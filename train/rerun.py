@@ -25,6 +25,7 @@ from train.config import RunConfig
 from train.data import build_encoder, build_planner, load_tables
 from train.engine import Engine, build_engine, start_engine
 from train.folder import RunFolder
+from train.manifest import complete_folders, step_of
 from train.model.omni import meta_model
 from train.model.stand_in import MODEL_OF
 from train.request import ModelRequest
@@ -67,7 +68,7 @@ def rerun(model: ModelRequest, number: int, *, as_json: bool) -> None:
         else:
             step = _planned_step(config, engine, encoder, number, checkpoint)
         found = _run(config, engine, encoder, step)
-    weights_step = int(checkpoint.name[5:]) if checkpoint else 0
+    weights_step = step_of(checkpoint) if checkpoint else 0
     found |= {"step": number, "samples_from": step.origin, "weights_step": weights_step}
     found["weights_from"] = str(checkpoint) if checkpoint else "what the run began with"
     found["logged"] = _logged(folder, number)
@@ -85,8 +86,7 @@ def _build(config: RunConfig) -> Engine:
 
 
 def _checkpoint_before(folder: RunFolder, step: int) -> Path | None:
-    found = [file.parent for file in folder.checkpoints.glob("step-*/manifest.json")]
-    return max((path for path in found if int(path.name[5:]) < step), default=None)
+    return next((path for path in complete_folders(folder.checkpoints) if step_of(path) < step), None)
 
 
 def _planned_step(

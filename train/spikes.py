@@ -133,7 +133,7 @@ def keep_spike(
             _write(folder / f"step-{work.step:08d}", seen, folders, {"step": work.step, **facts})
             _prune(folder)
         except OSError as error:
-            print(f"{error.filename or folder}: {error.strerror}. The samples of this step are not kept.")
+            print(f"{error.filename or folder}: {error.strerror or error}. This step's samples are not kept.")
     return seen
 
 

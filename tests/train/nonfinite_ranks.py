@@ -13,11 +13,12 @@ from data.collate import collate
 from data.sample import IGNORE, EncodedSample
 from tests.train.launching import SMALL
 from tests.train.test_compose import config_of
-from train.checkpoint import copy_weights, save_checkpoint
+from train.checkpoint import copy_weights
 from train.engine import build_engine, start_engine
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model
 from train.rollback import roll_back
+from train.saver import Saver
 from train.spikes import GradientNorms
 
 
@@ -93,7 +94,9 @@ def update(engine, config, number: int) -> list[float]:
 
 def go_back(engine, folder: Path, make_update) -> dict:
     """Saves, goes on, goes back and on again: the same, on an engine that is at work."""
-    save_checkpoint(engine, folder, 4, {"gradient_norms": [1.0, 2.0]}, keep=1)
+    saver = Saver(engine, folder, engine.config.checkpoint)
+    saver.save(4, {"gradient_norms": [1.0, 2.0]})
+    saver.finish()
     saved = held(engine)
     first = make_update()
     norms = GradientNorms(None)

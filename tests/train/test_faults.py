@@ -68,10 +68,10 @@ def running_ranks(folder) -> list[int]:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, of 24 MiB."""
+    """A file system of its own, of 48 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs leave to mount a file system")
     yield folder
