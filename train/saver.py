@@ -93,6 +93,7 @@ class Saver:
             RuntimeError: a rank could not write.
         """
         if self._pending is not None:
+            self._engine.sign("writing a checkpoint")
             self._pending.job.result()
             self.complete()
 
