@@ -229,7 +229,7 @@ def known_options(copy):
     for parser in (launch_command_parser(), get_args_parser()):
         for action in parser._actions:
             found.update(action.option_strings)
-    for module in (*MODULE_COMMANDS, "tests.soak"):
+    for module in (*MODULE_COMMANDS, "tests.soak", "tests.fuzz"):
         found.update(re.findall(r"--[a-z][a-z-]*", help_of(module)))
     return found
 
