@@ -79,6 +79,7 @@ def test_the_page_names_every_way_in_and_out():
     assert all(any(way in command for command in COMMANDS) for way in ways)
 
 
+@pytest.mark.slow
 def test_every_line_of_the_table_runs(place):
     for command in COMMANDS:
         done = subprocess.run(

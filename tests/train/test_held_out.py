@@ -116,7 +116,7 @@ def test_blanked_media_change_what_depends_on_them_and_nothing_else(answered):
     assert set(found["blank_metrics"]) == {"mixed_cer", "mixed_loss"}
 
 
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_two_ranks_train_and_answer_as_one_does(answered, tmp_path, sources, zero):
     spread = launch(tmp_path / "run", *WORDS, *ANSWERS, f"zero={zero}", *sources, processes=2)
     assert spread.losses == pytest.approx(answered.losses, rel=1e-5)  # also in the steps after evaluation

@@ -95,7 +95,7 @@ def test_a_stage_says_what_trains_and_keeps_adapters_and_what_trained_whole(plai
     assert plain.losses[-1] < plain.losses[0]
 
 
-@pytest.mark.parametrize("zero", ["none", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["none", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_losses_and_adapters_do_not_depend_on_ranks_or_zero(runs, plain, zero):
     spread = runs(zero, 2, "fp32")
     assert spread.losses == pytest.approx(plain.losses, rel=1e-5)
@@ -105,7 +105,10 @@ def test_losses_and_adapters_do_not_depend_on_ranks_or_zero(runs, plain, zero):
     assert adapters_of(spread).keys() == adapters_of(plain).keys()
 
 
-@pytest.mark.parametrize(("zero", "precision"), [("none", "fp32"), ("zero2", "bf16"), ("zero3", "fp32")])
+@pytest.mark.parametrize(
+    ("zero", "precision"),
+    [("none", "fp32"), ("zero2", "bf16"), pytest.param("zero3", "fp32", marks=pytest.mark.slow)],
+)
 def test_what_lies_below_adapters_does_not_change_by_one_bit(runs, base, zero, precision):
     run = runs(zero, 1 if zero == "none" else 2, precision)
     trained = whole(PieceReader(run.folder / "checkpoints" / "step-00000004"))

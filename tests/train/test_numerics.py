@@ -48,7 +48,8 @@ def test_loss_and_gradients_do_not_depend_on_the_micro_batch(runs, plain):
 def offloaded(zero):
     # DeepSpeed builds its CPU optimizer at the first use, once a machine.
     missing = shutil.which("g++") is None
-    return pytest.param(zero, 1, marks=pytest.mark.skipif(missing, reason="needs a C++ compiler (g++)"))
+    needs_compiler = pytest.mark.skipif(missing, reason="needs a C++ compiler (g++)")
+    return pytest.param(zero, 1, marks=[pytest.mark.slow, needs_compiler])
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ def last_checkpoint(run) -> int:
     return max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize(("zero", "processes"), [("none", 1), ("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(
+    ("zero", "processes"), [("none", 1), ("zero2", 2), pytest.param("zero3", 2, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_ends_bit_equal_to_one_never_killed(tmp_path, mixed_shards, zero, processes):
     words = (*WORDS, f"data.path={mixed_shards}", f"zero={zero}")
     whole = launch(tmp_path / "whole", *words, processes=processes)
