@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.launching import ROOT, environment, free_port
-from train.node_facts import Facts, find_problems
+from train.preflight.node_facts import Facts, find_problems
 
 
 class Ranks:

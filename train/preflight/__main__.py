@@ -22,8 +22,8 @@ from typing import Any
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from train.compose import readable_errors
-from train.node_facts import Facts, find_problems, look_around, marker, table
-from train.wire import Wire, bounded, gigabytes_per_second, measure
+from train.preflight.node_facts import Facts, find_problems, look_around, marker, table
+from train.preflight.wire import Wire, bounded, gigabytes_per_second, measure
 
 LOOK_SECONDS = 0.05
 LEAVE_SECONDS = 5.0

@@ -1,0 +1,1 @@
+"""Checks the nodes of a job before it starts: `python -m train.preflight`."""
