@@ -22,6 +22,9 @@ CONNECTIONS = 4
 """Shards that a rank fetches ahead at the same time."""
 
 LOOK_SECONDS = 0.1
+IDLE_SECONDS = 1.0
+"""How often a process that keeps all that is wanted looks whether others need its room."""
+
 REST_SECONDS = 10.0
 """When a shard that could not be fetched is tried again."""
 
@@ -83,7 +86,7 @@ def _serve(folders: dict[str, FolderIndex], pipe: Connection) -> None:
     fetcher = _Fetcher(folders)
     while True:
         busy = fetcher.step()
-        if pipe.poll(LOOK_SECONDS if busy else None):
+        if pipe.poll(LOOK_SECONDS if busy else IDLE_SECONDS):
             try:
                 while pipe.poll():
                     fetcher.wanted = pipe.recv()
@@ -108,6 +111,10 @@ class _Fetcher:
             self._take(place, self.jobs.pop(place))
         for place in self.kept.keys() - set(self.wanted):
             os.close(self.kept.pop(place))
+        if self._is_room_asked_for():
+            # Ranks keep what comes next for each; only whoever reads may hold up the others.
+            self._let_go_after(None)
+            return True
         missing = [place for place in self.wanted if place not in self.kept]
         now = time.monotonic()
         ready = [place for place in missing if place not in self.jobs and self.resting.get(place, 0) <= now]
@@ -134,11 +141,14 @@ class _Fetcher:
         if number is not None:  # else another process is fetching it
             self.kept[place] = number
 
-    def _let_go_after(self, place: Place) -> bool:
-        """Gives up the last kept shard that is wanted after `place`, so that this can come first."""
+    def _is_room_asked_for(self) -> bool:
+        return any(folder.cache.is_room_asked_for() for folder in self.folders.values() if folder.cache)
+
+    def _let_go_after(self, place: Place | None) -> bool:
+        """Gives up the last kept shard that is wanted after `place`; the last of all where that is None."""
         order = {wanted: number for number, wanted in enumerate(self.wanted)}
         last = max(self.kept, key=lambda kept: order.get(kept, len(order)), default=None)
-        if last is None or order.get(last, len(order)) <= order.get(place, len(order)):
+        if last is None or (place and order.get(last, len(order)) <= order.get(place, len(order))):
             return False
         os.close(self.kept.pop(last))
         return True

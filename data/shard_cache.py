@@ -24,6 +24,10 @@ LOOK_SECONDS = 0.1
 """How often a process looks whether another has fetched a shard, or whether there is room now."""
 
 
+QUIET_SECONDS = 10.0
+"""How long it waits for room without a word: others may take so long to let go."""
+
+
 class NoRoom(RuntimeError):
     """All that lies in the cache is in use."""
 
@@ -81,19 +85,44 @@ class ShardCache:
             NoRoom: for a long time nothing could make place for it.
             Absent, RuntimeError: it cannot be fetched.
         """
-        waited_seconds = 0.0
         while True:
-            try:
+            with contextlib.suppress(NoRoom):
                 if (number := self.open_now(shard)) is not None:
                     return number
-                waited_seconds = 0.0  # another process is fetching it
-            except NoRoom as error:
-                if waited_seconds >= self.patience.room_seconds:
-                    raise
-                if waited_seconds == 0.0:
-                    say(f"{error} Waits up to {self.patience.room_seconds:g} s for room.")
-            time.sleep(LOOK_SECONDS)
-            waited_seconds += LOOK_SECONDS
+                time.sleep(LOOK_SECONDS)  # another process is fetching it
+                continue
+            if (number := self._wait_for_room(shard)) is not None:
+                return number
+
+    def _wait_for_room(self, shard: CachedShard) -> int | None:
+        """Asks those who keep shards only for later to let go, until there is room; returns as `open_now`."""
+        started, told = time.monotonic(), False
+        with open(self._asked, "ab") as asked:
+            fcntl.flock(asked, fcntl.LOCK_SH)
+            while True:
+                try:
+                    return self.open_now(shard)
+                except NoRoom as error:
+                    waited_seconds = time.monotonic() - started
+                    if waited_seconds >= self.patience.room_seconds:
+                        raise
+                    if waited_seconds >= QUIET_SECONDS and not told:
+                        say(f"{error} Waits up to {self.patience.room_seconds:g} s for room.")
+                        told = True
+                time.sleep(LOOK_SECONDS)
+
+    def is_room_asked_for(self) -> bool:
+        """Returns whether somebody has to read a shard for which there is no room."""
+        with open(self._asked, "ab") as asked:
+            try:
+                fcntl.flock(asked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    @property
+    def _asked(self) -> Path:
+        return self.root / ".asked"
 
     def open_now(self, shard: CachedShard) -> int | None:
         """Returns the same; None while another process is fetching the shard.

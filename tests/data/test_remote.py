@@ -37,7 +37,7 @@ from tests.data.corpus import (
 from tests.data.stores import s3_store, size_of, web_store
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = Patience(stall_seconds=0.5, attempts=3, first_pause_seconds=0.01, room_seconds=1.0)
+QUICK = Patience(stall_seconds=2.0, attempts=3, first_pause_seconds=0.01, room_seconds=1.0)
 NUM_SHARDS = 8
 
 
