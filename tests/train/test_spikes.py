@@ -41,7 +41,8 @@ def test_a_factor_that_skips_every_other_step_by_itself_is_refused():
 @pytest.mark.slow
 def test_a_run_goes_back_and_on_and_comes_to_the_same_when_killed_afterwards(tmp_path):
     data = prepare(write_records(tmp_path / "records", [*KINDS] * 12), tmp_path / "shards")
-    words = (*SMALL, f"data.path={data}", "train.packs_per_step=2", "optim.lr=1e-3", "train.steps=60")
+    words = (*SMALL, f"data.path={data}", "train.packs_per_step=2", "train.steps=60")
+    words = (*words, "optim.lr=1e-2", "optim.schedule=constant")  # restless: some norms are above the limit
     words = (*words, "checkpoint.every=1", "checkpoint.keep=100", f"optim.spike_factor={FACTOR}")
     words = (*words, "train.max_skipped_steps=2", "train.on_spikes=rollback")
     whole = launch(tmp_path / "whole", *words, code=None)
