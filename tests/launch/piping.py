@@ -128,6 +128,13 @@ def running_in(run: Path) -> list[int]:
     return found
 
 
+def launcher_in(run: Path) -> int:
+    """Returns the one of `running_in` that started the others: accelerate's launcher."""
+    found = [pid for pid in running_in(run) if "accelerate.commands.launch" in psutil.Process(pid).cmdline()]
+    assert len(found) == 1, found
+    return found[0]
+
+
 def is_alive(pid: int) -> bool:
     """Returns whether a process runs: one that has ended may wait to be buried for long."""
     try:

@@ -19,6 +19,7 @@ from tests.launch.piping import (
     finish,
     is_alive,
     kill_tree,
+    launcher_in,
     records_of,
     running_in,
     stage_of,
@@ -306,7 +307,7 @@ def test_ranks_never_outlive_their_pipeline_or_their_launcher_for_long(done, tmp
         assert line
     assert not any(is_alive(rank) for rank in ranks)
     wait_for_step(next_one, runs / "vision_align", records_of(runs / "vision_align")[-1]["step"] + 2)
-    launcher = min(running_in(runs / "vision_align"))  # it started the ranks
+    launcher = launcher_in(runs / "vision_align")
     ranks = running_in(runs / "vision_align")
     os.kill(launcher, signal.SIGKILL)
     output = finish(next_one, code=128 + signal.SIGKILL)

@@ -10,6 +10,7 @@ from launch.restarts import Restarts, newest_step, rank_status
 from tests.launch.piping import (
     finish,
     is_alive,
+    launcher_in,
     records_of,
     running_in,
     start,
@@ -69,7 +70,7 @@ def test_a_rank_killed_in_the_middle_of_a_step_is_noticed_and_the_stage_finishes
     given = words(runs, picture_shards, "accelerate=cpu2", "zero=zero2", "train.steps=60")
     process = start(write_pipeline(tmp_path, ONE_STAGE), given)
     wait_for_step(process, run, 9)
-    ranks = [pid for pid in running_in(run) if pid != min(running_in(run))]  # the launcher came first
+    ranks = [pid for pid in running_in(run) if pid != launcher_in(run)]
     os.kill(ranks[-1], signal.SIGKILL)
     killed = time.monotonic()
     while "Starts again" not in (line := process.stdout.readline()):

@@ -275,6 +275,15 @@ class Terminal:
     def type(self, text):
         os.write(self.master, text.encode())
 
+    def interrupt(self, pattern):
+        """Types Ctrl-C until `pattern` is shown: the prompt stands before the line editor listens for it."""
+        for _ in range(10):
+            self.type("\x03")
+            ready, _, _ = select.select([self.master], [], [], 3)
+            if ready:
+                break
+        self.until(pattern)
+
 
 def test_a_person_at_a_terminal(run, files):
     terminal = Terminal(f"run={run}", "max_new_tokens=4000", "temperature=1.0", "seed=1")
@@ -287,9 +296,7 @@ def test_a_person_at_a_terminal(run, files):
         terminal.until(r"\(picture of 60x40 pixels is attached to the next question\)\r\n> ")
         terminal.type("/image nowhere.jpg\n")
         terminal.until(r"image=nowhere.jpg: there is no such file. Check the path.\r\n> ")
-        time.sleep(1)  # the prompt stands before the line editor listens for signals
-        terminal.type("\x03")
-        terminal.until(r"\(Ctrl-D or /exit ends.\)\r\n> ")
+        terminal.interrupt(r"\(Ctrl-D or /exit ends.\)\r\n> ")
         terminal.type("What is it?\n")
         terminal.until(r"What is it\?\r\n.{10}")
         terminal.type("\x03")

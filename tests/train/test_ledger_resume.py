@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from data.index import load_folder
 from tests.data.corpus import overwrite_silently
 from tests.records import KINDS, prepare, write_records
@@ -21,6 +23,7 @@ def spoiled(folder):
     return path
 
 
+@pytest.mark.slow
 def test_the_ledger_after_a_kill_and_a_resume_is_that_of_a_run_never_killed(tmp_path):
     words = (
         *SMALL,

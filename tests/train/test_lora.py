@@ -107,7 +107,11 @@ def test_losses_and_adapters_do_not_depend_on_ranks_or_zero(runs, plain, zero):
 
 @pytest.mark.parametrize(
     ("zero", "precision"),
-    [("none", "fp32"), ("zero2", "bf16"), pytest.param("zero3", "fp32", marks=pytest.mark.slow)],
+    [
+        ("none", "fp32"),
+        pytest.param("zero2", "bf16", marks=pytest.mark.slow),
+        pytest.param("zero3", "fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_what_lies_below_adapters_does_not_change_by_one_bit(runs, base, zero, precision):
     run = runs(zero, 1 if zero == "none" else 2, precision)
@@ -192,6 +196,7 @@ def test_peft_loads_the_adapters_onto_the_base_and_computes_the_same(plain, chil
     torch.testing.assert_close(found, merged, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_ends_bit_equal(runs, tmp_path, mixed_shards, base):
     run = runs("zero3", 2, "fp32")
     shutil.copytree(run.folder, tmp_path / "again", ignore=shutil.ignore_patterns("final", "step-00000004"))

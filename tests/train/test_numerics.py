@@ -56,7 +56,7 @@ def offloaded(zero):
     ("zero", "micro"),
     [
         ("none", 2),
-        ("zero1", 1),
+        pytest.param("zero1", 1, marks=pytest.mark.slow),
         ("zero2", 1),
         ("zero3", 2),
         offloaded("zero2_offload"),
@@ -79,6 +79,7 @@ def test_one_process_of_zero_equals_plain_training(runs, plain):
     same(alone.grad_norms, plain.grad_norms)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_nothing(tmp_path, mixed_shards, plain):
     every = [f"model.recompute.{module}=true" for module in ("llm", "vision_encoder", "audio_encoder")]
     words = (*SMALL, *STEPS, *every, f"data.path={mixed_shards}", "zero=zero3")
@@ -87,6 +88,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path, mixed_shards, plain)
     same(recomputed.grad_norms, plain.grad_norms)
 
 
+@pytest.mark.slow
 def test_a_loss_weighted_by_sample_does_not_depend_on_ranks(tmp_path, mixed_shards, plain):
     words = (*SMALL, *STEPS, f"data.path={mixed_shards}", "train.loss=sqrt")
     alone = launch(tmp_path / "alone", *words, "train.micro_batch_packs=4")
@@ -96,6 +98,7 @@ def test_a_loss_weighted_by_sample_does_not_depend_on_ranks(tmp_path, mixed_shar
     assert alone.losses != plain.losses
 
 
+@pytest.mark.slow
 def test_bf16_stays_near_fp32_on_every_backend(runs, plain):
     for zero, processes in (("none", 1), ("zero2", 2)):
         same(runs(zero, processes, 1, "bf16").losses, plain.losses, tolerance=2e-2)
@@ -137,7 +140,7 @@ def test_ranks_and_steps_without_media_neither_hang_nor_change_the_result(tmp_pa
         same(spread.grad_norms, plain.grad_norms)
 
 
-@pytest.mark.parametrize("zero", ["none", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["none", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_frozen_modules_do_not_change_by_one_bit_and_tuned_ones_do(tmp_path, picture_shards, zero):
     words = (*SMALL, "recipe=vision_tune", "data.tags=[]", f"data.path={picture_shards}", *STEPS)
     run = launch(tmp_path / "run", *words, f"zero={zero}", processes=1 if zero == "none" else 2)

@@ -47,7 +47,12 @@ def last_checkpoint(run) -> int:
 
 
 @pytest.mark.parametrize(
-    ("zero", "processes"), [("none", 1), ("zero2", 2), pytest.param("zero3", 2, marks=pytest.mark.slow)]
+    ("zero", "processes"),
+    [
+        pytest.param("none", 1, marks=pytest.mark.slow),
+        ("zero2", 2),
+        pytest.param("zero3", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_ends_bit_equal_to_one_never_killed(tmp_path, mixed_shards, zero, processes):
     words = (*WORDS, f"data.path={mixed_shards}", f"zero={zero}")
@@ -63,6 +68,7 @@ def test_a_killed_run_ends_bit_equal_to_one_never_killed(tmp_path, mixed_shards,
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 def test_an_end_during_an_evaluation_costs_no_step_and_no_number(tmp_path, mixed_shards):
     words = (*WORDS, f"data.path={mixed_shards}", "data.holdout=0.3", "train.steps=6", "eval.every=3")
     words = (*words, "eval.samples=10", "eval.max_new_tokens=8")
