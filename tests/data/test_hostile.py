@@ -21,7 +21,8 @@ from data.config import LimitsConfig
 from data.index import load_folder, main
 from data.media import audio_num_samples, decode_image, image_size
 from data.sample import SampleError
-from data.scan import MeasuringPool, build_index, index_path, scan_shard
+from data.scan import MeasuringPool, build_index, index_path
+from data.tar_members import scan_shard
 from tests.data.corpus import (
     data_config,
     image_bytes,

@@ -18,8 +18,9 @@ from data.config import LimitsConfig
 from data.index import load_folder, main, summarize
 from data.options import read_limits
 from data.sample import MediaSize
-from data.scan import build_index, index_path, index_shards, scan_shard
+from data.scan import build_index, index_path, index_shards
 from data.shards import ShardReader
+from data.tar_members import scan_shard
 
 
 def jpeg(width: int = 40, height: int = 30) -> bytes:
