@@ -284,17 +284,18 @@ def two_shards(tmp_path):
     return prepare_folder(media, records, tmp_path / "web", samples_per_shard=4)
 
 
+GONE = r"^web/shard-00000\d\.tar/\w+: the file is gone\. Restore"
+SHORT = r"^web/shard-00000\d\.tar/\w+: the file (has 1000|ends before)"
+
+
 @pytest.mark.parametrize(
-    ("strike", "message"),
+    ("strike", "message", "workers"),
     [
-        (os.unlink, r"^web/shard-00000\d\.tar/\w+: the file is gone\. Restore"),
-        (
-            lambda path: os.truncate(path, 1000),
-            r"^web/shard-00000\d\.tar/\w+: the file (has 1000|ends before)",
-        ),
+        (os.unlink, GONE, 0),  # a worker may have opened both shards by then, and would go on reading
+        (lambda path: os.truncate(path, 1000), SHORT, 0),
+        (lambda path: os.truncate(path, 1000), SHORT, 1),
     ],
 )
-@pytest.mark.parametrize("workers", [0, 1])
 def test_shard_lost_in_the_middle_of_a_run_stops_it_by_name(two_shards, strike, message, workers):
     config = data_config(two_shards, workers=workers, shuffle_shards=1, prefetch=1)
     tables = tables_of(config)
