@@ -47,6 +47,7 @@ def test_finished_run_and_its_last_checkpoint_give_what_the_run_itself_found(run
     assert found["answers"]["folder"]["samples"] == 2 and "step 2, held out:" in again.stdout
 
 
+@pytest.mark.slow
 def test_released_folder_gives_what_its_run_gives(run, mixed_shards, tmp_path):
     folder = release(run.folder, tmp_path / "release")
     words = ("data=folder", f"data.path={mixed_shards}", "data.holdout=0.3", "eval.samples=8", "--json")

@@ -45,6 +45,7 @@ def test_held_out_loss_is_logged_when_due_and_does_not_depend_on_ranks(tmp_path,
             assert ours["held_out"][kind] == pytest.approx(theirs["held_out"][kind], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluating_changes_nothing_of_the_training(tmp_path, mixed_shards):
     words = (
         *SMALL,

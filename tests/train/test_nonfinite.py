@@ -12,7 +12,7 @@ from tests.train.launching import ROOT, SMALL, command, environment, launch
     ("zero", "precision"),
     [
         ("none", "fp32"),
-        ("zero1", "bf16"),
+        pytest.param("zero1", "bf16", marks=pytest.mark.slow),
         pytest.param("zero2", "fp32", marks=pytest.mark.slow),
         ("zero3", "bf16"),
     ],

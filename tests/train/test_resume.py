@@ -87,6 +87,7 @@ def test_an_end_during_an_evaluation_costs_no_step_and_no_number(tmp_path, mixed
     assert again.stage["metrics"] == whole.stage["metrics"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_other_ranks_and_another_zero_stage(tmp_path, mixed_shards):
     words = (*WORDS, f"data.path={mixed_shards}")
     whole = launch(tmp_path / "whole", *words, "zero=none")
@@ -158,6 +159,7 @@ def test_a_stage_starts_from_its_parent_and_refuses_a_wrong_one(tmp_path, pictur
     assert not (tmp_path / "bigger" / "final").exists()
 
 
+@pytest.mark.slow
 def test_a_frozen_module_comes_through_a_bf16_stage_without_changing_by_one_bit(tmp_path, picture_shards):
     words = (*SMALL, "train.steps=2", "train.packs_per_step=2", "data.tags=[]", f"data.path={picture_shards}")
     bf16 = (*words, "zero=zero2", "precision=bf16")
@@ -169,6 +171,7 @@ def test_a_frozen_module_comes_through_a_bf16_stage_without_changing_by_one_bit(
     assert any(not torch.equal(parent[name], parent[name].bfloat16().float()) for name in resampler)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_with_its_reason_and_the_one_before_is_used(tmp_path, mixed_shards):
     words = (*WORDS, f"data.path={mixed_shards}", "train.steps=6")
     run = launch(tmp_path / "run", *words)
