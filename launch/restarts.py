@@ -20,9 +20,9 @@ class Restarts:
     wasted: int = 0
 
     def allow(self, status: int, found_step: int, left_step: int) -> bool:
-        """Returns whether a stage that ended with `status` is started again."""
+        """Returns whether a stage that ended with `status` is started again; never where none is allowed."""
         self.wasted = 0 if left_step > found_step else self.wasted + 1
-        return status != EXIT_MISTAKE and self.wasted <= self.allowed
+        return status != EXIT_MISTAKE and 0 < self.allowed >= self.wasted
 
 
 def newest_step(checkpoints: Path) -> int:

@@ -144,7 +144,7 @@ def test_a_command_that_fails_is_told_with_what_it_said(shards, cache):
     with pytest.raises(RuntimeError, match=r"status 3 \(no way\)"):
         folder.open(0)
     shard.url = f"pipe:head -c 1000 {shards}/shard-000000.tar; sleep 30"
-    with pytest.raises(RuntimeError, match=r"nothing came for 0\.5 s"):
+    with pytest.raises(RuntimeError, match=r"nothing came for 2 s"):
         folder.open(0)
 
 
