@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -237,6 +238,7 @@ def test_paths_are_read_as_people_type_and_drop_them(files, monkeypatch):
 
 
 def _take_terminal() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # whatever the process that runs the tests has blocked
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -285,6 +287,7 @@ class Terminal:
         self.until(pattern)
 
 
+@pytest.mark.slow
 def test_a_person_at_a_terminal(run, files):
     terminal = Terminal(f"run={run}", "max_new_tokens=4000", "temperature=1.0", "seed=1")
     try:
