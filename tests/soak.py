@@ -30,6 +30,8 @@ from train.manifest import PARTIAL, newest_checkpoint, read_manifest, step_of
 
 TOLERANCE = 1e-5
 """Relative, for losses of a run whose number of ranks changed at random: roundings add up over its steps."""
+LAUNCHER_SECONDS = 30.0
+"""How long a rank may wait to meet one that died while it started: only a launcher, here the soak, tells."""
 END_SECONDS = 60.0
 """Within this all ranks must have ended after one was killed, or after SIGTERM."""
 KINDS_OF_KILL = ("SIGKILL of all ranks", "SIGKILL of one rank", "SIGTERM")
@@ -223,7 +225,7 @@ class Soak:
         saves = trains and save_under_way(job.folder)  # before that it may be what a killed start left
         started = time.monotonic()
         job.kill(how, self.draw.randrange(job.ranks))
-        if not job.wait(END_SECONDS):
+        if not job.wait(END_SECONDS if trains else LAUNCHER_SECONDS) and trains:
             self._fault(f"{job.folder}: ranks still ran {END_SECONDS:.0f} s after {how}; see {job.log}")
         seconds = time.monotonic() - started
         if how == "SIGTERM" and trains:

@@ -396,9 +396,8 @@ def start_engine(config: RunConfig):
     limit = collective_timeout(config)
     _join_again(limit)
     if not torch.cuda.is_available():
-        PartialState(
-            cpu=True, timeout=limit
-        )  # otherwise accelerate takes every CPU rank for a world of its own
+        # Otherwise accelerate takes every CPU rank for a world of its own.
+        PartialState(cpu=True, timeout=limit)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     precision = "bf16" if config.precision is Precision.bf16 and plugin else "no"
     return Accelerator(
