@@ -7,6 +7,7 @@ length share a batch; every rank has equally many batches, so that weights sprea
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,9 +62,20 @@ class Answered(NamedTuple):
 
 
 class Answering:
-    """Has an engine answer the first `eval.samples` samples of every held-out source."""
+    """Has an engine answer the first `eval.samples` samples of every held-out source.
 
-    def __init__(self, config: EvalConfig, engine: Engine, tables: Tables, encoder: Encoder) -> None:
+    Every rank calls `check` before each batch, and it may raise.
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        engine: Engine,
+        tables: Tables,
+        encoder: Encoder,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.check = check
         self.config = config
         self.engine = engine
         self.tables = tables
@@ -82,6 +94,7 @@ class Answering:
         answers: list[Answer] = []
         dropped: list[Dropped] = []
         for refs, media in tqdm(rounds, desc="answers", unit="batch", leave=False, disable=hidden):
+            self.check()
             found, lost = self._answer(refs, blanked=media and config.blank)
             answers += found
             dropped += lost

@@ -28,24 +28,27 @@ from train.manifest import (
 )
 
 
-def open_newest(engine: Engine, folder: Path) -> PieceReader | None:
-    """Returns a reader of the newest whole checkpoint; None where there is none at all.
+def open_newest(engine: Engine, folder: Path, before: int | None = None) -> PieceReader | None:
+    """Returns a reader of the newest whole checkpoint, or of the newest from before a step; None without any.
 
     The ranks share the files among them for checking. A damaged checkpoint is set aside with its
     reason, and the one before it is tried.
 
     Raises:
         ValueError: there are checkpoints, but none is whole; or another version wrote them.
+        OSError: a file could not be read, which need not be damage. On all ranks alike.
     """
-    while newest := engine.gather_objects(newest_checkpoint(folder))[0]:
+    while newest := engine.gather_objects(newest_checkpoint(folder, before))[0]:
         faults = [fault for fault in engine.gather_objects(_fault(engine, newest)) if fault]
+        if unread := [fault for fault in faults if isinstance(fault, OSError)]:
+            raise unread[0]
         if not faults:
             return PieceReader(newest)
         if engine.is_main:
             aside = set_aside(newest)
             print(f"{faults[0]}. The checkpoint is damaged: it is set aside as {aside}.", flush=True)
         engine.barrier()
-    if damaged := damaged_folders(folder):
+    if before is None and (damaged := damaged_folders(folder)):
         raise ValueError(
             f"{folder}: no whole checkpoint is left; {', '.join(path.name for path in damaged)} cannot be "
             "used. Put a whole one back, or remove the damaged ones to start from the first step."
@@ -53,12 +56,12 @@ def open_newest(engine: Engine, folder: Path) -> PieceReader | None:
     return None
 
 
-def _fault(engine: Engine, checkpoint: Path) -> str:
+def _fault(engine: Engine, checkpoint: Path) -> DamagedError | OSError | None:
     try:
         check_checkpoint(checkpoint, engine.rank, engine.world_size)
-    except DamagedError as error:
-        return str(error)
-    return ""
+    except (DamagedError, OSError) as error:
+        return error
+    return None
 
 
 class PieceReader:

@@ -209,10 +209,12 @@ class TrainConfig:
             "micro_batch_packs",
             "max_skipped_steps",
             "max_minutes",
+            "hang_seconds",
         ):
             value = getattr(self, name)
             if value is not None and not _positive(value):
-                found.append(f"{name}={value}: must be above 0.")
+                advice = " Use null for none." if name in ("max_minutes", "hang_seconds") else ""
+                found.append(f"{name}={value}: must be above 0.{advice}")
         for stage, value in self.stage_steps.items():
             if value < 1:
                 found.append(f"stage_steps.{stage}={value}: must be at least 1.")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +26,7 @@ from train.compose import refuse_metrics
 from train.config import MEASURES, Objective, RunConfig
 from train.data import Tables, build_loader, build_planner
 from train.engine import Engine
+from train.folder import naming
 from train.meters import LossMeter
 
 Found = dict[str, Any]
@@ -47,7 +50,7 @@ class HeldOut:
 
     The loss is over at most `eval.max_packs` packs. With `eval.samples` there are answers too, to
     samples of `answered`. A stand-in task has a loss of its own; its answers show where the next
-    stage begins.
+    stage begins. Every rank calls `check` before each batch, and it may raise.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class HeldOut:
         encoder: Encoder,
         folder: Path,
         stream: TextIO | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         check_metrics(config, answered)
         # One worker is enough here. Budgets are for the training mixture; any packing gives the same loss.
@@ -71,6 +75,7 @@ class HeldOut:
         self.encoder = encoder
         self.folder = folder
         self.stream = stream or sys.stdout
+        self.check = check
         self.sources = [table.name for table in tables.tables]
         self.answers = config.eval.samples > 0
         self.is_next_token = config.objective is Objective.next_token
@@ -98,7 +103,7 @@ class HeldOut:
         return found
 
     def _answers(self) -> Answered:
-        return Answering(self.config.eval, self.engine, self.answered, self.encoder)()
+        return Answering(self.config.eval, self.engine, self.answered, self.encoder, self.check)()
 
     def _show(self, step: int, found: Found, answers: list[Answer]) -> None:
         """Writes the answers, and for people a table and what was wanted but not measured."""
@@ -116,13 +121,14 @@ class HeldOut:
         steps = max(1, self.config.eval.max_packs // self.config.train.packs_per_step)
         seen, blind = (LossMeter(self.sources, self.engine.device) for _ in range(2))
         good = bad = 0
-        for work in loader:
-            good += sum(len(batch.samples) for batch in work.batches)
-            bad += sum(len(batch.dropped) for batch in work.batches)
-            self._add(work, seen, blind)
-            if work.step == steps:
-                break
-        loader.close()
+        with closing(loader):
+            for work in loader:
+                self.check()
+                good += sum(len(batch.samples) for batch in work.batches)
+                bad += sum(len(batch.dropped) for batch in work.batches)
+                self._add(work, seen, blind)
+                if work.step == steps:
+                    break
         found = seen.read(self.engine.all_reduce(seen.sums).tolist())
         good, bad = map(int, self.engine.sum_over_ranks([good, bad]))
         found |= {"samples": good, "bad_samples": bad}
@@ -187,7 +193,7 @@ def write_answers(path: Path, answers: list[Answer]) -> None:
     """Writes a line of JSON per answer; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with naming(partial), partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(answer.line(), ensure_ascii=False) + "\n" for answer in answers)
     partial.replace(path)
 

@@ -25,7 +25,7 @@ from train.schedule import lr_factor
 from train.sinks import Sink
 from train.spikes import GradientNorms, describe_skip, keep_spike
 from train.stage import versions
-from train.stopping import StopRequests, reason_of
+from train.stopping import StopAsked, StopRequests, reason_of
 from train.watchdog import Watchdog
 
 Evaluate = Callable[[int], "dict[str, Any] | None"]
@@ -47,7 +47,7 @@ class Totals:
 
 @dataclass(slots=True)
 class Training:
-    """Everything the loop works with. `step` is the last finished one.
+    """Everything the loop works with. `step` is the last finished one, `last_applied` the last update.
 
     `record_due` says that its record is not written yet: the run ended between its save and that.
     """
@@ -67,6 +67,7 @@ class Training:
     step: int = 0
     norms: GradientNorms = field(default_factory=lambda: GradientNorms(None))
     skipped_in_a_row: int = 0
+    last_applied: int = 0
     rollbacks: int = 0
     good: int = 0
     bad: int = 0
@@ -87,7 +88,7 @@ def train(run: Training) -> Path:
     checkpoint = run.folder.checkpoints / f"step-{run.step:08d}"
     run.meters.start()
     if run.record_due:
-        _write_record(run, evaluate=Due.at(run, stop=False).evaluate)
+        _check_stop_rules(run, _write_record(run, evaluate=Due.at(run, stop=False).evaluate), checkpoint)
     for work in _steps(run):
         totals = count(run, work)
         result = train_step(run, work, totals)
@@ -104,10 +105,12 @@ def train(run: Training) -> Path:
         due = Due.at(run, stop=bool(stop) or went_back)
         if due.log:
             run.last_record = _measure(run, work, result)
-        if due.save:  # before an evaluation, so that an end during that loses no step
+        if due.save:
             checkpoint = _save(run, work, wait=bool(stop) or due.evaluate)
-        if due.log and not (stop and due.evaluate and run.step < run.total_steps):
-            _write_record(run, evaluate=due.evaluate)  # else the next start does it: there is no time now
+        if due.log and not (stop and due.evaluate):  # else the next start does it: there is no time now
+            stop = _write_record(run, evaluate=due.evaluate) or stop
+            if stop and not due.save:
+                checkpoint = _save(run, work, wait=True)
         _check_stop_rules(run, stop, checkpoint)
         if run.step == run.total_steps:
             break
@@ -165,6 +168,7 @@ def train_step(run: Training, work: StepBatches, totals: Totals) -> StepResult |
     run.meters.end_step(fill=work.fill, skipped=not result.applied)
     run.skipped_in_a_row = 0 if result.applied else run.skipped_in_a_row + 1
     if result.applied:
+        run.last_applied = work.step
         run.norms.applied.append(result.grad_norm)
     else:
         _report_skip(run, work, [each.cpu() for each in losses], result, limit, totals)
@@ -239,16 +243,25 @@ def _measure(run: Training, work: StepBatches, result: StepResult | None) -> dic
     )
 
 
-def _write_record(run: Training, *, evaluate: bool) -> None:
-    """Adds the evaluation to the record of the step where it is due, and hands the record to the sinks."""
+def _write_record(run: Training, *, evaluate: bool) -> str:
+    """Adds the evaluation to the record of the step where it is due, and hands the record to the sinks.
+
+    Returns what asked to end the run in the middle of the evaluation, if anything: then there is no record.
+    """
     if evaluate:
-        with run.meters.paused():
-            held_out = run.evaluate(run.step)
+        with run.meters.saving():
+            run.saver.finish()  # so that an end during the evaluation loses none of it
+        try:
+            with run.meters.paused():
+                held_out = run.evaluate(run.step)
+        except StopAsked as error:
+            return str(error)
         if held_out:
             run.last_record["held_out"] = held_out
     run.last_record["save_seconds"] = run.meters.take_save_seconds()
     for sink in run.sinks:
         sink.write(run.last_record)
+    return ""
 
 
 def _write_samples(run: Training, work: StepBatches) -> None:
@@ -256,7 +269,7 @@ def _write_samples(run: Training, work: StepBatches) -> None:
     mine = [f"{info.source}/{info.key}" for batch in work.batches for info in batch.samples]
     named = sorted(key for keys in run.engine.gather_objects(mine) for key in keys)
     if run.engine.is_main:
-        with run.folder.samples.open("a", encoding="utf-8") as file:
+        with naming(run.folder.samples), run.folder.samples.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": work.step, "samples": named}, ensure_ascii=False) + "\n")
 
 
@@ -271,6 +284,7 @@ def _save(run: Training, work: StepBatches, *, wait: bool) -> Path:
         "bad": run.bad,
         "skipped_steps": run.meters.skipped_steps,
         "skipped_in_a_row": run.skipped_in_a_row,
+        "last_applied": run.last_applied,
         "rollbacks": run.rollbacks,
         "gradient_norms": list(run.norms.applied),
         "record": run.last_record,
@@ -297,7 +311,7 @@ def write_ledger(run: Training) -> Ledger:
 
 
 def _check_stop_rules(run: Training, stop: str, checkpoint: Path) -> None:
-    if stop and run.step < run.total_steps:
+    if stop:
         raise Preempted(
             f"step {run.step}: asked to stop; saved in {checkpoint} ({stop}). "
             "Start the same command again to go on."
@@ -306,6 +320,7 @@ def _check_stop_rules(run: Training, stop: str, checkpoint: Path) -> None:
         run.ledger.check(run.config.data.max_bad_share, good=run.good, bad=run.bad)
     except ValueError:  # on all ranks alike, since the sums are those of all
         write_ledger(run)
+        run.saver.finish()
         raise
 
 
@@ -320,14 +335,19 @@ def _roll_back_if_due(run: Training) -> bool:
         return False
     can = config.on_spikes is OnSpikes.rollback and run.rollbacks < MAX_ROLLBACKS
     run.saver.finish()  # so that which checkpoints there are does not depend on the speed of the disk
-    first = run.step - count  # the last step that changed anything: its weights failed at every step since
-    found = roll_back(run.engine, run.folder.checkpoints, first, run.norms) if can else None
+    # The weights of the last step that changed anything failed at every step since.
+    found = roll_back(run.engine, run.folder.checkpoints, run.last_applied, run.norms) if can else None
     if found is None:
         raise ValueError(_say_why_it_ends(run))
     run.rollbacks += 1
     run.skipped_in_a_row = 0
+    run.last_applied = found.state["last_applied"]
+    run.saver.forget_after(found.state["step"])
     if run.engine.is_main:
-        print(f"step {run.step}: {count} steps in a row changed nothing; goes on with {found}.", flush=True)
+        print(
+            f"step {run.step}: {count} steps in a row changed nothing; goes on with {found.folder}.",
+            flush=True,
+        )
     return True
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from train.weights import sync
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 DAMAGED = "damaged-"
 PARTIAL = ".partial-"
@@ -51,7 +51,10 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 class DamagedError(ValueError):
-    """A file of a checkpoint is not as it was written. The message names it and says how."""
+    """A file of a checkpoint is not as it was written. The message names it and says how.
+
+    A file that cannot be read says nothing of what it holds: that stays an OSError.
+    """
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -66,7 +69,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
         digest = content.pop("sha256", None)
         version = content["version"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path}: cannot be read ({error})") from error
     if digest != _digest(content) and (digest or version == VERSION):  # version 1 had none
         raise DamagedError(f"{path}: other bytes than were written")
@@ -86,8 +91,6 @@ def check_files(folder: Path, names: Iterable[str], files: FileFacts) -> None:
             now = file_facts(path)
         except FileNotFoundError:
             raise DamagedError(f"{path}: missing") from None
-        except OSError as error:
-            raise DamagedError(f"{path}: cannot be read ({error.strerror})") from error
         if now["size"] != then["size"]:
             raise DamagedError(f"{path}: {now['size']} bytes long, but {then['size']} bytes were written")
         if now != then:
@@ -100,18 +103,17 @@ def check_checkpoint(folder: Path, share: int = 0, shares: int = 1) -> None:
     check_files(folder, sorted(files)[share::shares], files)
 
 
-def complete_folders(folder: Path) -> list[Path]:
-    """Returns every complete checkpoint in `folder`, newest first."""
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Returns every checkpoint in `folder`, newest first. Each was complete when it got its name."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name)]
-    return sorted((path for path in found if (path / MANIFEST).is_file()), reverse=True)
+    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name)), reverse=True)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest complete checkpoint in `folder`, or None."""
-    complete = complete_folders(folder)
-    return complete[0] if complete else None
+def newest_checkpoint(folder: Path, before: int | None = None) -> Path | None:
+    """Returns the newest checkpoint in `folder`, of those from before a step if one is given, or None."""
+    found = (path for path in checkpoints_in(folder) if before is None or step_of(path) < before)
+    return next(found, None)
 
 
 def step_of(checkpoint: Path) -> int:

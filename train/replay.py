@@ -42,7 +42,7 @@ def read_request(words: list[str]) -> Request:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: a step is run again in one process. Start it without a launcher.")
     zero = [f"zero={chosen['zero']}"] if "zero" in chosen else []
-    model = read_model([*rest, *zero], weightless=True)
+    model = read_model([*rest, *zero], for_training=True)
     assert model.trained is not None
     if not zero:  # the arithmetic of the run; where its state lies makes no difference to it
         model.config.zero = Zero(model.trained.zero.value.removesuffix("_offload"))

@@ -58,11 +58,11 @@ def take_words(words: list[str], own: tuple[str, ...], example: str) -> tuple[di
     return chosen, [word for word in words if word.split("=", 1)[0] not in own]
 
 
-def read_model(words: list[str], data: str | None = None, *, weightless: bool = False) -> ModelRequest:
+def read_model(words: list[str], data: str | None = None, *, for_training: bool = False) -> ModelRequest:
     """Returns the model that `run=DIR` or `weights=DIR` names; the other words change its config.
 
-    `data` names a file of configs/data, whose sources stand in the place of the run's. `weightless` takes
-    a run that has saved nothing yet, too.
+    `data` names a file of configs/data, whose sources stand in the place of the run's. `for_training` takes
+    a run that has saved nothing yet, and one of a stand-in task, too.
 
     Raises:
         ValueError: there is no such model, or a word cannot be used; every mistake on a line of its own.
@@ -81,8 +81,9 @@ def read_model(words: list[str], data: str | None = None, *, weightless: bool = 
             )
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(reword(error)) from error
-    _check_objective(request)
-    _check_files(request, weightless)
+    if not for_training:
+        _check_objective(request)
+    _check_files(request, for_training)
     return request
 
 
@@ -167,7 +168,7 @@ def _check_objective(request: ModelRequest) -> None:
         )
 
 
-def _check_files(request: ModelRequest, weightless: bool) -> None:
+def _check_files(request: ModelRequest, for_training: bool) -> None:
     """Raises ValueError where opening the model would: that takes seconds of imports first."""
     tokenizer_file(tokenizer_folder(request.config))
     folder = request.weights
@@ -176,5 +177,5 @@ def _check_files(request: ModelRequest, weightless: bool) -> None:
             raise ValueError(f"{request.name}: holds no model*.safetensors. Copy the whole folder.")
         return
     run = RunFolder(request.config)
-    if not weightless and not run.is_complete and not any(run.checkpoints.glob("step-*/manifest.json")):
+    if not for_training and not run.is_complete and not any(run.checkpoints.glob("step-*/manifest.json")):
         raise ValueError(f"{request.name}: has no weights yet. Wait for its first checkpoint.")

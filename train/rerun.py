@@ -25,11 +25,11 @@ from train.config import RunConfig
 from train.data import build_encoder, build_planner, load_tables
 from train.engine import Engine, build_engine, start_engine
 from train.folder import RunFolder
-from train.manifest import complete_folders, step_of
+from train.manifest import newest_checkpoint, step_of
 from train.model.omni import meta_model
 from train.model.stand_in import MODEL_OF
 from train.request import ModelRequest
-from train.source import open_first
+from train.source import check_whole, open_first
 from train.spikes import FILE, look_at_samples
 
 Found = dict[str, Any]
@@ -86,7 +86,10 @@ def _build(config: RunConfig) -> Engine:
 
 
 def _checkpoint_before(folder: RunFolder, step: int) -> Path | None:
-    return next((path for path in complete_folders(folder.checkpoints) if step_of(path) < step), None)
+    found = newest_checkpoint(folder.checkpoints, before=step)
+    if found is not None:
+        check_whole(found)
+    return found
 
 
 def _planned_step(

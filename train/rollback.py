@@ -7,24 +7,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.checkpoint import PieceReader, restore_checkpoint
+from train.checkpoint import PieceReader, open_newest, restore_checkpoint
 from train.engine import Engine
-from train.manifest import complete_folders, step_of
 from train.spikes import GradientNorms
 
 MAX_ROLLBACKS = 3
 """How often a run goes back before it ends."""
 
 
-def roll_back(engine: Engine, checkpoints: Path, before: int, norms: GradientNorms) -> Path | None:
-    """Gives weights, moments and norms of the newest checkpoint from before a step to all ranks.
+def roll_back(engine: Engine, checkpoints: Path, before: int, norms: GradientNorms) -> PieceReader | None:
+    """Gives weights, moments and norms of the newest whole checkpoint from before a step to all ranks.
 
-    Returns it; None where there is none.
+    Returns its reader; None where there is none.
     """
-    found = [folder for folder in complete_folders(checkpoints) if step_of(folder) < before]
-    chosen: Path | None = engine.gather_objects(found[0] if found else None)[0]
-    if chosen is not None:
-        reader = PieceReader(chosen)
+    reader = open_newest(engine, checkpoints, before)
+    if reader is not None:
         restore_checkpoint(engine, reader)
-        norms.restore(reader.state.get("gradient_norms", []))
-    return chosen
+        norms.restore(reader.state["gradient_norms"])
+    return reader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def _run(
     planner = build_planner(config, tables, epochs=config.num_epochs)
     total_steps = config.num_steps or planner.num_steps()
     assert total_steps is not None
+    check = partial(stopping.check, engine.sum_over_ranks)
     training = Training(
         config=config,
         engine=engine,
@@ -91,7 +93,7 @@ def _run(
         meters=Meters([table.name for table in tables.tables], engine.device, peak=_peak(config, engine)),
         ledger=Ledger(),
         folder=folder,
-        evaluate=HeldOut(config, engine, held_out, answered, encoder, folder.path / "eval"),
+        evaluate=HeldOut(config, engine, held_out, answered, encoder, folder.path / "eval", check=check),
         total_steps=total_steps,
         stopping=stopping,
         norms=GradientNorms(config.optim.spike_factor),
@@ -180,8 +182,9 @@ def _begin(
     training.step = state["step"]
     training.good, training.bad = state["good"], state["bad"]
     training.meters.skipped_steps = state["skipped_steps"]
-    training.skipped_in_a_row, training.rollbacks = state["skipped_in_a_row"], state.get("rollbacks", 0)
-    training.norms.restore(state.get("gradient_norms", []))
+    training.skipped_in_a_row, training.rollbacks = state["skipped_in_a_row"], state["rollbacks"]
+    training.last_applied = state["last_applied"]
+    training.norms.restore(state["gradient_norms"])
     _restore_record(training, state["record"])
     if training.engine.is_main:
         training.ledger.restore(state["ledger"])
@@ -198,7 +201,7 @@ def _cut_back(training: Training) -> None:
 def _check_parent(training: Training, state: dict[str, Any]) -> None:
     """Raises ValueError where frozen modules would come from other weights than the trained ones did."""
     now = training.parent_weights_digest
-    then = state.get("parent_weights_digest", now)
+    then = state["parent_weights_digest"]
     if then != now:
         raise ValueError(
             f"{_first_word(training.config)}: holds other weights than {training.folder.path} was "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 from train.config import CheckpointConfig
 from train.engine import Engine
-from train.manifest import PARTIAL, FileFacts, complete_folders, file_facts, step_of, write_manifest
+from train.folder import naming
+from train.manifest import PARTIAL, FileFacts, checkpoints_in, file_facts, step_of, write_manifest
 from train.weights import save_tensors, sync
 
 Tensors = dict[str, torch.Tensor]
@@ -132,15 +134,27 @@ class Saver:
                 self._remove(pending.final)
             os.replace(pending.partial, pending.final)
             sync(pending.final.parent)
-            for old in self._not_kept():
-                self._remove(old)
         except OSError as error:
             return [_explain(error)]
+        self._remove_all(self._not_kept())
         return []
+
+    def forget_after(self, step: int) -> None:
+        """Removes the checkpoints of steps after `step`, from which a run went back: their weights failed."""
+        if self._engine.is_main:
+            self._remove_all(path for path in checkpoints_in(self._folder) if step_of(path) > step)
+
+    def _remove_all(self, checkpoints: Iterable[Path]) -> None:
+        """Removes what it can. The run goes on without the rest of the space."""
+        for old in checkpoints:
+            try:
+                self._remove(old)
+            except OSError as error:
+                print(f"{old}: could not be removed: {_explain(error)}. Remove it by hand.", flush=True)
 
     def _not_kept(self) -> list[Path]:
         every = self._config.keep_every
-        older = complete_folders(self._folder)[self._config.keep :]
+        older = checkpoints_in(self._folder)[self._config.keep :]
         return [path for path in older if every is None or step_of(path) % every]
 
     def _remove(self, checkpoint: Path) -> None:
@@ -189,8 +203,9 @@ def _write(partial: Path, rank: int, tensors: Tensors, state: str | None) -> _Wr
         save_tensors(tensors, partial / name)
         files = {name: file_facts(partial / name)}
         if state is not None:
-            (partial / "state.json").write_text(state)
-            sync(partial / "state.json")
+            with naming(partial / "state.json"):
+                (partial / "state.json").write_text(state)
+                sync(partial / "state.json")
             files["state.json"] = file_facts(partial / "state.json")
     except OSError as error:
         return _Written({}, _explain(error))

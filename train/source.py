@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+from train.adapters import add_adapters
 from train.checkpoint import PieceReader
 from train.config import RunConfig
 from train.first_weights import open_first_weights
@@ -48,10 +50,7 @@ def open_run(config: RunConfig) -> tuple[Any, int]:
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
         raise ValueError(f"run={folder.path}: has no weights yet. Wait for its first checkpoint.")
-    try:
-        check_checkpoint(newest)
-    except DamagedError as error:
-        raise ValueError(f"{error}. Start the run again: it sets {newest.name} aside.") from error
+    check_whole(newest)
     pieces = PieceReader(newest)
     whole = FrozenFromStart(config, pieces, open_first(config))
     if config.lora.rank:
@@ -59,7 +58,16 @@ def open_run(config: RunConfig) -> tuple[Any, int]:
     return whole, pieces.manifest["step"]
 
 
+def check_whole(checkpoint: Path) -> None:
+    """Raises ValueError where a checkpoint is damaged."""
+    try:
+        check_checkpoint(checkpoint)
+    except DamagedError as error:
+        raise ValueError(f"{error}. Start the run again: it sets {checkpoint.name} aside.") from error
+
+
 def open_first(config: RunConfig) -> FirstWeightsReader:
     """Returns the weights that a stage begins with."""
     model = meta_model(config.model, config.media, MODEL_OF[config.objective.value])
+    add_adapters(model, config.lora)
     return FirstWeightsReader(open_first_weights(config), RandomWeights(model, config.seed))

@@ -18,6 +18,7 @@ from train.checkpoint import PieceReader
 from train.compose import to_yaml
 from train.config import RunConfig
 from train.first_weights import FirstWeights
+from train.folder import naming
 from train.model.omni import is_trained
 from train.model.stand_in import HEADS
 from train.parent import released_folder, tokenizer_digest, tokenizer_folder
@@ -89,9 +90,10 @@ def write_final(
         "versions": versions(),
         **facts,
     }
-    (partial / "config.yaml").write_text(to_yaml(config))
-    copy_tokenizer(tokenizer_folder(config), partial)
-    (partial / "stage.json").write_text(json.dumps(stage, indent=1, ensure_ascii=False))
+    with naming(partial):
+        (partial / "config.yaml").write_text(to_yaml(config))
+        copy_tokenizer(tokenizer_folder(config), partial)
+        (partial / "stage.json").write_text(json.dumps(stage, indent=1, ensure_ascii=False))
     sync(partial / "stage.json")
     os.replace(partial, final)
     return stage

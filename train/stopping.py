@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 EXIT_STOPPED = 75
@@ -13,6 +13,10 @@ EXIT_STOPPED = 75
 
 REASONS = ("SIGTERM", "SIGUSR1", "train.max_minutes")
 """What may ask a run to end, in the order of `StopRequests.flags`."""
+
+
+class StopAsked(Exception):
+    """A rank was asked to end while all were at what can be left. The message says by what."""
 
 
 class StopRequests:
@@ -36,8 +40,8 @@ class StopRequests:
         name = signal.Signals(number).name
         self._asked[name] = True
         if not self.training:
-            print(f"asked to stop ({name}) before the first step; nothing to save.", flush=True)
-            sys.stderr.flush()
+            # Not print: the signal may have come in the middle of one.
+            os.write(1, f"asked to stop ({name}) before the first step; nothing to save.\n".encode())
             os._exit(EXIT_STOPPED)  # others may wait for this rank: leaving in order could take for ever
 
     def flags(self) -> list[float]:
@@ -45,6 +49,11 @@ class StopRequests:
         if self._limit_seconds is not None:
             self._asked["train.max_minutes"] = seconds_since_start() >= self._limit_seconds
         return [float(self._asked[reason]) for reason in REASONS]
+
+    def check(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> None:
+        """Raises StopAsked on all ranks if any of them was asked to end. Every rank must call it."""
+        if reason := reason_of(sum_over_ranks(self.flags())):
+            raise StopAsked(reason)
 
 
 def reason_of(flags: list[float]) -> str:

@@ -38,6 +38,7 @@ class Watchdog:
         self._what = ""
         self._quiet_seconds = 0.0
         self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def sign(self, what: str) -> None:
         """Says what this rank does next; it has made progress."""
@@ -49,11 +50,16 @@ class Watchdog:
         first, self._work = self._work is None, work
         self.sign("beginning the step")
         if first and self.seconds is not None:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
 
     def stop(self) -> None:
         """Looks on no longer."""
         self._stopped.set()
+        if self._thread is not None:
+            # Else it may be the last that holds a batch, and tensors freed while Python ends abort it.
+            self._thread.join()
+            self._thread = None
 
     def _watch(self) -> None:
         assert self.seconds is not None

@@ -7,7 +7,7 @@ import pytest
 from train.manifest import (
     DamagedError,
     check_checkpoint,
-    complete_folders,
+    checkpoints_in,
     file_facts,
     newest_checkpoint,
     read_manifest,
@@ -62,6 +62,22 @@ def test_no_byte_of_a_manifest_changes_unseen(checkpoint):
             check_checkpoint(checkpoint)
         path.write_bytes(whole)
     check_checkpoint(checkpoint)
+    path.unlink()
+    with pytest.raises(DamagedError, match=r"manifest\.json: missing"):
+        check_checkpoint(checkpoint)
+
+
+def test_a_file_that_cannot_be_read_is_no_damage(checkpoint):
+    """It may be readable again: a network file system that stumbled must not cost a checkpoint."""
+    for name in ("state.json", "manifest.json"):
+        path = checkpoint / name
+        path.rename(checkpoint / "away")
+        path.symlink_to(path)  # opening it fails, but not because it is gone
+        with pytest.raises(OSError, match="symbolic links") as error:
+            check_checkpoint(checkpoint)
+        assert not isinstance(error.value, FileNotFoundError)
+        (checkpoint / "away").replace(path)
+    check_checkpoint(checkpoint)
 
 
 def test_the_ranks_share_the_files_and_one_of_them_finds_the_damage(checkpoint):
@@ -78,15 +94,15 @@ def test_the_ranks_share_the_files_and_one_of_them_finds_the_damage(checkpoint):
 def test_another_version_is_no_damage(checkpoint):
     path = checkpoint / "manifest.json"
     path.write_text(json.dumps({"version": 1, "files": {}}))
-    with pytest.raises(ValueError, match=r"checkpoint version 1, this program reads 2\.") as error:
+    with pytest.raises(ValueError, match=r"checkpoint version 1, this program reads 3\.") as error:
         check_checkpoint(checkpoint)
     assert not isinstance(error.value, DamagedError)
 
 
 def test_what_is_set_aside_or_unfinished_is_never_taken(checkpoint):
     folder = checkpoint.parent
-    (folder / "step-00000020").mkdir()
+    (folder / "step-20").mkdir()
     (folder / ".partial-step-00000030").mkdir()
-    assert newest_checkpoint(folder) == checkpoint
+    assert newest_checkpoint(folder) == checkpoint and newest_checkpoint(folder, before=10) is None
     assert set_aside(checkpoint).name == "damaged-step-00000010"
-    assert complete_folders(folder) == [] and newest_checkpoint(folder) is None
+    assert checkpoints_in(folder) == [] and newest_checkpoint(folder) is None

@@ -7,6 +7,10 @@ import sys
 import pytest
 
 from tests.train.launching import ROOT, SMALL, environment, launch
+from tests.train.test_compose import config_of
+from train.compose import to_yaml
+from train.config import Objective
+from train.replay import read_request
 
 WORDS = ("train.steps=6", "train.packs_per_step=4", "train.micro_batch_packs=2", "optim.lr=1e-3")
 
@@ -48,6 +52,31 @@ def test_loss_and_norms_are_those_of_the_run(ran, step):
     )
     assert {line["modality"] for line in samples} == {"text", "image", "audio", "image+audio"}
     assert all(line["finite"] and line["shard"].startswith("shard-") for line in samples)
+
+
+def test_a_run_of_adapters_is_replayed_from_what_it_began_with(tmp_path, mixed_shards):
+    words = (f"data.path={mixed_shards}", "train.steps=2", "train.packs_per_step=2", "checkpoint.keep=1")
+    run = launch(tmp_path / "run", *SMALL, *words, "lora.rank=2", "lora.modules=[llm]")
+    found = json.loads(replay(run.folder, "step=1", "--json"))
+    assert found["weights_from"] == "what the run began with"
+    assert found["loss"] == pytest.approx(run.losses[0], rel=1e-9)
+    assert found["grad_norm"] == run.grad_norms[0]
+
+
+def test_a_stand_in_task_has_steps_too(tmp_path):
+    words = ("recipe=demo_audio", "data=demo", "model=tiny", "data.tokenizer=null", f"run={tmp_path}")
+    (tmp_path / "config.yaml").write_text(to_yaml(config_of(*words)))
+    asked = read_request([f"run={tmp_path}", "step=3"])
+    assert asked.step == 3 and asked.model.config.objective is Objective.ctc
+
+
+def test_a_damaged_checkpoint_is_refused(ran):
+    file = ran.folder / "checkpoints" / "step-00000004" / "state.json"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    told = replay(ran.folder, "step=5", code=2)
+    file.write_bytes(whole)
+    assert f"{file}: {len(whole) - 1} bytes long" in told and "it sets step-00000004 aside" in told
 
 
 def test_older_weights_are_said_to_be_older(ran):

@@ -190,8 +190,8 @@ def test_a_damaged_checkpoint_is_set_aside_with_its_reason_and_the_one_before_is
     assert again.losses == pytest.approx(losses, rel=1e-5)
     assert all(torch.allclose(weights[name], mine, atol=1e-6) for name, mine in again.weights().items())
     shutil.rmtree(run.folder / "final")
-    for step in (3, 6):
-        (run.folder / "checkpoints" / f"step-{step:08d}" / "state.json").unlink()
+    for step, name in ((3, "state.json"), (6, "manifest.json")):
+        (run.folder / "checkpoints" / f"step-{step:08d}" / name).unlink()
     for _ in range(2):  # nor does the next start begin from the first step in silence
         none = launch(run.folder, *words, code=2)
         assert "no whole checkpoint is left; damaged-step-00000003, damaged-step-00000006" in none.output

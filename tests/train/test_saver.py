@@ -10,7 +10,7 @@ from tests.train.launching import SMALL
 from tests.train.test_compose import config_of
 from train.checkpoint import PieceReader, copy_weights, open_newest, restore_checkpoint
 from train.engine import DDPEngine
-from train.manifest import complete_folders, step_of
+from train.manifest import checkpoints_in, step_of
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model
 from train.saver import Saver
@@ -71,7 +71,30 @@ def test_the_last_ones_stay_and_some_for_good(tmp_path, engine):
         saver.save(step, {})
     saver.finish()
     saver.close()
-    assert [step_of(path) for path in complete_folders(tmp_path)] == [70, 60, 40, 20]
+    assert [step_of(path) for path in checkpoints_in(tmp_path)] == [70, 60, 40, 20]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_old_one_that_cannot_be_removed_is_told_and_the_new_one_is_complete(tmp_path, engine, capsys):
+    engine.config.checkpoint.keep = 1
+    saver = Saver(engine, tmp_path, engine.config.checkpoint)
+    (tmp_path / ".partial-old-step-00000001" / "something").mkdir(parents=True)  # in the way of its removal
+    saver.save(1, {})
+    saver.save(2, {})
+    saver.finish()
+    saver.close()
+    assert [step_of(path) for path in checkpoints_in(tmp_path)] == [2, 1]
+    assert "step-00000001: could not be removed: Directory not empty" in capsys.readouterr().out
+
+
+def test_going_back_forgets_what_came_after(tmp_path, engine):
+    saver = Saver(engine, tmp_path, engine.config.checkpoint)
+    for step in (1, 2):
+        saver.save(step, {})
+    saver.finish()
+    saver.forget_after(1)
+    saver.close()
+    assert [step_of(path) for path in checkpoints_in(tmp_path)] == [1]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -95,5 +118,5 @@ def test_a_write_that_failed_is_told_at_the_next_chance_and_leaves_the_older_one
     with pytest.raises(RuntimeError, match=r"step-00000002: the checkpoint could not be written: .*exists"):
         saver.save(3, {})
     saver.close()
-    assert complete_folders(tmp_path) == [first]
+    assert checkpoints_in(tmp_path) == [first]
     assert json.loads((first / "manifest.json").read_text())["step"] == 1

@@ -54,6 +54,14 @@ def test_a_run_goes_back_and_on_and_comes_to_the_same_when_killed_afterwards(tmp
     for step, folder in back:
         assert int(step) in skipped and int(step) - 1 in skipped
         assert int(folder[-8:]) < int(step) - 2
+    # Nor is any weight tried again that failed: those from where it went back to where it did that.
+    gone = [range(int(folder[-8:]), int(step)) for step, folder in back]
+    assert not [
+        folder
+        for number, (_, folder) in enumerate(back)
+        for steps in gone[:number]
+        if int(folder[-8:]) in steps
+    ]
     assert whole.code == 0 or "It went back 3 times." in whole.output
 
     kept = sorted(path.name for path in (whole.folder / "spikes").iterdir())

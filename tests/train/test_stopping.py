@@ -55,9 +55,30 @@ def test_sigusr1_then_the_time_limit_save_and_the_run_goes_on(tmp_path, text_sha
     assert Finished(folder, 0, "").records[-1]["step"] == saved - 1
     again = launch(folder, *words, "train.max_minutes=0.001", code=75)
     assert f"Goes on after step {saved}" in again.output and "(train.max_minutes)" in again.output
-    assert saved_steps(folder)[-1] == saved + 1
+    assert saved_steps(folder)[-1] == saved and again.records[-1]["step"] == saved - 1
+    again = launch(folder, *words, "train.max_minutes=0.001", "eval.every=5000", code=75)
     steps = [record["step"] for record in again.records]
-    assert steps == [*range(1, saved + 1)] and all("held_out" in record for record in again.records)
+    assert steps == [*range(1, saved + 2)] and saved_steps(folder)[-1] == saved + 1
+
+
+def test_a_signal_in_an_evaluation_ends_it_and_the_next_start_makes_it(tmp_path, mixed_shards):
+    words = (*SMALL, f"data.path={mixed_shards}", "data.holdout=0.8", "train.packs_per_step=2")
+    words = (*words, "train.steps=4", "checkpoint.every=1000", "eval.samples=100", "eval.batch=2")
+    long, folder = "eval.max_new_tokens=150", tmp_path / "run"
+    for every, step in ((2, 2), (1000, 4)):  # in the middle of the run, and at its end
+        process = start(folder, (*words, long, f"eval.every={every}"))
+        wait_for_step(process, folder, step - 1)
+        time.sleep(2.0)  # a step takes a tenth of that, this evaluation much longer
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 75 and f"step {step}: asked to stop; saved in" in output
+        assert saved_steps(folder)[-1] == step
+        assert Finished(folder, 0, "").records[-1]["step"] == step - 1
+    assert not (folder / "final").exists() and not (folder / "eval").exists()
+    again = launch(folder, *words, "eval.max_new_tokens=2")
+    assert "Goes on after step 4" in again.output
+    assert [record["step"] for record in again.records] == [1, 2, 3, 4]
+    assert again.records[-1]["held_out"]["answers"] == again.stage["evaluation"]["answers"]
 
 
 @pytest.mark.slow

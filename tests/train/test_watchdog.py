@@ -4,14 +4,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
 import pytest
 
+from data.loader import StepBatches
 from tests.train.launching import ROOT, environment
 from tests.train.test_stopping import WORDS, start, wait_for_step
-from train.watchdog import EXIT_HUNG
+from train.watchdog import EXIT_HUNG, Watchdog
 
 
 def hang_one_rank(folder, words) -> tuple[str, list[psutil.Process], float]:
@@ -73,3 +75,12 @@ def test_what_makes_signs_is_left_alone_and_what_makes_none_is_ended(tmp_path):
     report = (tmp_path / "hangs" / "rank-00003.txt").read_text()
     assert "rank 3, step 7: no progress for 1 s in a forward pass" in report
     assert report.splitlines()[0] in done.stderr
+
+
+def test_its_thread_has_ended_when_it_is_stopped(tmp_path):
+    dog = Watchdog(60.0, 0, tmp_path)
+    dog.begin(StepBatches(1, [], {}, 0.0, {}, 1.0, 0.0))
+    assert "watchdog" in [thread.name for thread in threading.enumerate()]
+    dog.stop()
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+    Watchdog(60.0, 0, tmp_path).stop()  # nor does one that never began mind
