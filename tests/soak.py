@@ -27,6 +27,7 @@ from pathlib import Path
 from tests.records import KINDS, prepare, write_records
 from tests.train.launching import ROOT, SMALL, Finished, environment, free_port
 from train.manifest import PARTIAL, newest_checkpoint, read_manifest, step_of
+from train.stopping import EXIT_STOPPED
 
 TOLERANCE = 1e-5
 """Relative, for losses of a run whose number of ranks changed at random: roundings add up over its steps."""
@@ -167,6 +168,8 @@ class Soak:
             "zero=zero2",
             "checkpoint.every=10",
             "log.samples=true",
+            "data.holdout=0.1",
+            "eval.every=50",
         )
         self.lanes = [Lane("fixed", out / "fixed", False), Lane("changing", out / "changing", True)]
         for lane in self.lanes:
@@ -257,10 +260,12 @@ class Soak:
         return True
 
     def _check_stopped(self, job: Job) -> None:
-        """After SIGTERM the last finished step is saved, or the run is complete: judged by what is left."""
+        """After SIGTERM the last finished step is saved, and all ranks say so; or the run is complete."""
+        if is_complete(job.folder):
+            return
         saved = newest_checkpoint(job.folder / "checkpoints")
         last = max(read_samples(job.folder))
-        if not is_complete(job.folder) and (saved is None or step_of(saved) != last):
+        if saved is None or step_of(saved) != last or set(job.codes) != {EXIT_STOPPED}:
             self._fault(
                 f"{job.folder}: SIGTERM stopped it at step {last} with exit statuses {job.codes}, but "
                 f"{saved} is the newest checkpoint; see {job.log}"
@@ -319,6 +324,7 @@ class Soak:
         ):
             most[lane.name] = max(most.get(lane.name, 0.0), value)
         same = run.losses == whole.losses and run.grad_norms == whole.grad_norms and apart == 0
+        same = same and run.stage["evaluation"] == whole.stage["evaluation"]
         if not lane.changes and not same:
             self._fault(f"{lane.run}: not bit-equal to the reference")
         if max(losses) > TOLERANCE:
