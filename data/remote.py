@@ -48,10 +48,8 @@ def load_source(path: str, config: DataConfig) -> FolderIndex:
 def load_remote(path: str, cache: ShardCache) -> FolderIndex:
     """Returns the index of a remote source; raises like `load_source`."""
     places = _find_shards(path, cache.patience)
-    folder = cache.place_of(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "source", f"{path}\n".encode())  # for people who wonder what lies here
+        folder = cache.make_place(path)
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             shards = list(pool.map(partial(_load_shard, folder, cache.patience), places))
     except OSError as error:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,12 @@ LOOK_SECONDS = 0.1
 
 QUIET_SECONDS = 10.0
 """How long it waits for room without a word: others may take so long to let go."""
+
+
+MARK = "source"
+"""File in the folder of a source; it says which one."""
+
+_PLACE = re.compile(r"[0-9a-f]{16}")
 
 
 class NoRoom(RuntimeError):
@@ -56,7 +63,7 @@ class CachedShard:
 
 @dataclass(frozen=True, slots=True)
 class ShardCache:
-    """The folder `folder`/shards, which holds at most `limit_bytes` of shards of any sources."""
+    """The folder `folder`/remote-shards, which holds at most `limit_bytes` of shards of any sources."""
 
     folder: str
     limit_bytes: int
@@ -65,11 +72,18 @@ class ShardCache:
     @property
     def root(self) -> Path:
         """Where shards and indexes lie, in a folder for each source."""
-        return Path(self.folder) / "shards"
+        return Path(self.folder) / "remote-shards"
 
     def place_of(self, source: str) -> Path:
         """Returns the folder of a source, given its URL."""
         return self.root / hashlib.blake2b(source.rstrip("/").encode(), digest_size=8).hexdigest()
+
+    def make_place(self, source: str) -> Path:
+        """Returns the same, made and marked as ours: nothing is removed from a folder without the mark."""
+        place = self.place_of(source)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / MARK).write_text(f"{source}\n")  # for people who wonder what lies here
+        return place
 
     def has(self, shard: CachedShard) -> bool:
         """Returns whether a shard is here, for now."""
@@ -250,9 +264,9 @@ def _remove_unused(path: str) -> bool:
 
 
 def _files(root: Path) -> Iterator[os.DirEntry[str]]:
-    """Yields all shards in the cache, whole and unfinished ones."""
+    """Yields all shards in the cache, whole and unfinished ones; never what somebody else put there."""
     for source in os.scandir(root):
-        if source.is_dir():
+        if _PLACE.fullmatch(source.name) and os.path.isfile(os.path.join(source.path, MARK)):
             yield from (entry for entry in os.scandir(source) if entry.name.endswith((".tar", ".partial")))
 
 

@@ -221,6 +221,18 @@ def test_what_is_in_use_stays_and_the_longest_unused_goes_first(shards, store, c
         os.close(number)
 
 
+@pytest.mark.parametrize("place", ["captions", "0123456789abcdef", "../shards/captions"])
+def test_shards_that_somebody_else_put_there_are_neither_removed_nor_counted(shards, store, cache, place):
+    foreign = cache.root / place
+    shutil.copytree(shards, foreign)
+    largest = max(path.stat().st_size for path in shards.glob("*.tar"))
+    folder = load_remote(named(store), ShardCache(cache.folder, largest, QUICK))
+    for shard in range(NUM_SHARDS):
+        os.close(folder.open(shard))
+    assert len(names(foreign)) == NUM_SHARDS
+    assert len(names(cache.place_of(folder.path))) == 1
+
+
 def _open_shard(folder, shard):
     folder.open(shard)
 
@@ -283,7 +295,7 @@ def test_a_loader_gives_the_same_from_afar_and_goes_on_with_an_empty_cache(shard
     def watch():
         nonlocal most
         while not ended.is_set():
-            most = max(most, size_of(tmp_path / "cache" / "shards"))
+            most = max(most, size_of(tmp_path / "cache"))
             time.sleep(0.002)
 
     watching = threading.Thread(target=watch)
@@ -330,10 +342,9 @@ def test_a_store_that_stays_away_stops_the_loader_and_names_the_shard(store, sha
     tables = tables_of(remote)
     for folder in tables.folders.values():
         shutil.rmtree(folder.cache.root)
-        folder.cache.place_of(folder.path).mkdir(parents=True)
-        shutil.copytree(shards, folder.cache.place_of(folder.path), dirs_exist_ok=True)
-        for tar in folder.cache.place_of(folder.path).glob("*.tar"):
-            tar.unlink()
+        place = folder.cache.make_place(folder.path)
+        for index in shards.glob("*.index.parquet"):
+            shutil.copy(index, place)
         folder.cache = ShardCache(folder.cache.folder, 10**9, QUICK)
     store.faults.update({f"shard-{n:06d}.tar": ["error"] * 99 for n in range(NUM_SHARDS)})
     loader = loader_of(remote, tables, planner_of(remote, tables))
