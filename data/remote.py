@@ -50,6 +50,7 @@ def load_remote(path: str, cache: ShardCache) -> FolderIndex:
     places = _find_shards(path, cache.patience)
     try:
         folder = cache.make_place(path)
+        cache.check_disk()
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             shards = list(pool.map(partial(_load_shard, folder, cache.patience), places))
     except OSError as error:

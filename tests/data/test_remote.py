@@ -1,6 +1,8 @@
 """Remote shards: the samples of a local folder, whatever the store does, and never more than the limit."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -231,6 +234,63 @@ def test_shards_that_somebody_else_put_there_are_neither_removed_nor_counted(sha
         os.close(folder.open(shard))
     assert len(names(foreign)) == NUM_SHARDS
     assert len(names(cache.place_of(folder.path))) == 1
+
+
+@pytest.fixture
+def nfs_locks(monkeypatch):
+    """Locks as NFS gives them: an exclusive one to who may write, a shared one to who may read."""
+    flock = fcntl.flock
+
+    def strict(file, operation):
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if mode == (os.O_WRONLY if operation & fcntl.LOCK_SH else os.O_RDONLY):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+
+
+def test_a_cache_on_nfs_makes_room_and_waits_for_it(shards, store, cache, nfs_locks):
+    largest = max(path.stat().st_size for path in shards.glob("*.tar"))
+    folder = load_remote(named(store), ShardCache(cache.folder, largest, QUICK))
+    os.close(folder.open(0))
+    kept = folder.open(1)
+    assert names(cache.root) == ["shard-000001.tar"]
+    release = threading.Timer(0.3, os.close, [kept])
+    release.start()
+    os.close(folder.open(2))
+    release.join()
+    assert names(cache.root) == ["shard-000002.tar"]
+
+
+def test_who_looks_whether_room_is_asked_for_is_not_taken_for_one_who_asks(shards, store, cache):
+    largest = max(path.stat().st_size for path in shards.glob("*.tar"))
+    folder = load_remote(named(store), ShardCache(cache.folder, largest, QUICK))
+    with ThreadPoolExecutor(8) as pool:
+        assert not any(pool.map(lambda _: folder.cache.is_room_asked_for(), range(4000)))
+        kept = folder.open(0)
+        waiting = [pool.submit(folder.open, 1), pool.submit(folder.open, 1)]
+        while not folder.cache.is_room_asked_for():
+            time.sleep(0.001)
+        os.close(kept)
+        for job in waiting:
+            os.close(job.result())
+    assert not folder.cache.is_room_asked_for()
+
+
+def test_a_disk_without_locks_or_times_is_refused_at_the_start(store, cache, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lambda *_: None)
+        with pytest.raises(ValueError, match=r"data\.cache=.*: the disk there does not lock files\. Name"):
+            load_remote(named(store), cache)
+    utime, folder = os.utime, load_remote(named(store), cache)
+    even = lambda path, ns: utime(path, ns=tuple(time // 2_000_000_000 * 2_000_000_000 + 1 for time in ns))  # noqa: E731
+    monkeypatch.setattr(os, "utime", even)
+    with pytest.raises(ValueError, match=r"data\.cache=.*does not keep the times of files"):
+        load_remote(named(store), cache)
+    monkeypatch.setattr(os, "utime", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match=r"data\.cache=.*does not keep the times of files"):
+        folder.open(0)
 
 
 def _open_shard(folder, shard):
