@@ -191,7 +191,9 @@ def _from_command(command: str, stall_seconds: float) -> Iterator[bytes]:
 
 
 def _is_ready(number: int, stall_seconds: float) -> bool:
-    if select.select([number], [], [], stall_seconds)[0]:
+    waiting = select.poll()  # select() takes no descriptor above 1023
+    waiting.register(number, select.POLLIN)
+    if waiting.poll(stall_seconds * 1000):
         return True
     raise OSError(f"nothing came for {stall_seconds:g} s")
 
