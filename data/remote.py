@@ -23,9 +23,10 @@ CONNECTIONS = 16
 
 
 class _Place(NamedTuple):
-    """A shard, and the version of its index where a listing told it."""
+    """A shard, its name here, and the version of its index where a listing told it."""
 
     url: str
+    name: str
     version: str | None = None
 
 
@@ -101,7 +102,8 @@ def fetch_counts(folder: FolderIndex, fingerprint: str, files: dict[int, Path]) 
         index = folder.shards[shard]
         if index.url.startswith(PIPE):
             return False
-        beside = f"{index.url.rpartition('/')[0]}/.counts/{fingerprint}/{files[shard].name}"
+        name = files[shard].name.replace(index.name, shard_name(index.url))
+        beside = f"{index.url.rpartition('/')[0]}/.counts/{fingerprint}/{name}"
         try:
             content = fetch_bytes(beside, patience)
         except (Absent, RuntimeError):
@@ -117,7 +119,7 @@ def fetch_counts(folder: FolderIndex, fingerprint: str, files: dict[int, Path]) 
 
 def _find_shards(path: str, patience: Patience) -> list[_Place]:
     if names_shards(path):
-        return [_Place(url) for url in expand(path)]
+        return _name(expand(path))
     found = _ask(path, partial(list_store, path, patience.stall_seconds), patience)
     if UNFINISHED in found:
         raise ValueError(f"{path}: was not finished. Run `python -m data.prepare` again, and upload it.")
@@ -125,16 +127,24 @@ def _find_shards(path: str, patience: Patience) -> list[_Place]:
     if not tars:
         raise ValueError(f"{path}: holds no .tar shards. Check the URL.")
     base = path.rstrip("/")
-    places = [_Place(f"{base}/{name}", found.get(index_path(name))) for name in tars]
+    places = [_Place(f"{base}/{name}", name, found.get(index_path(name))) for name in tars]
     for place in places:
         if place.version is None:
             raise ValueError(_no_index(place.url))
     return places
 
 
+def _name(urls: list[str]) -> list[_Place]:
+    """Gives shards the names that they have, numbered where those of several folders repeat."""
+    names = [shard_name(url) for url in urls]
+    if len(set(names)) < len(names):
+        names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
+    return [_Place(url, name) for url, name in zip(urls, names)]
+
+
 def _load_shard(folder: Path, patience: Patience, place: _Place) -> ShardIndex:
     """Returns the index of a shard, fetched if it is not here in its present version."""
-    shard = folder / shard_name(place.url)
+    shard = folder / place.name
     index, url = Path(index_path(str(shard))), index_url(place.url)
     note = index.with_name(f".{index.name}.version")
     try:

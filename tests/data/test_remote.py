@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch
 
 from data.config import SourceConfig
 from data.download import Patience
+from data.fetch_ahead import FetchAhead
 from data.index import load_folder
 from data.remote import check_room, load_remote, load_source, room_needed
 from data.shard_cache import NoRoom, ShardCache
@@ -28,6 +31,8 @@ from data.shards import ShardReader
 from data.transport import Absent
 from data.urls import expand, index_url, is_remote, shard_name
 from tests.data.corpus import (
+    MEDIA,
+    TOKENIZER,
     data_config,
     loader_of,
     planner_of,
@@ -38,6 +43,7 @@ from tests.data.corpus import (
     write_media,
 )
 from tests.data.stores import s3_store, size_of, web_store
+from tests.data.test_loader import SpoilingEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = Patience(stall_seconds=2.0, attempts=3, first_pause_seconds=0.01, room_seconds=1.0)
@@ -370,6 +376,95 @@ def test_a_loader_gives_the_same_from_afar_and_goes_on_with_an_empty_cache(shard
     watching.join()
     assert same(first + second, whole) and len(whole) > 6
     assert 0 < most <= sum(sizes[-4:]) and store.most_at_once == 1
+
+
+def test_shards_of_several_folders_may_have_the_same_names(shards, cache, tmp_path):
+    (tmp_path / "part-0").symlink_to(shards)
+    clip = write_media(tmp_path, "b.wav", wav_bytes(16000))
+    others = [record(n, answer="another", audio=clip) for n in range(6)]
+    prepare_folder(tmp_path, others, tmp_path / "part-1", samples_per_shard=3)
+    first, second = (load_folder(str(tmp_path / f"part-{n}")) for n in (0, 1))
+    with web_store(tmp_path) as store:
+        path = f"{store.url}/part-{{0..1}}/shard-{{000000..000001}}.tar"
+        folder = load_remote(path, cache)
+        assert samples(folder) == samples(first)[:6] + samples(second)
+        for part in (0, 1):
+            tables_of(data_config(str(tmp_path / f"part-{part}")))  # counts its tokens
+        remote = data_config("x", cache=str(tmp_path / "other"))
+        remote.sources = {"both": SourceConfig(path=path)}
+        store.requests.clear()
+        counted = tables_of(remote)
+        assert [index.num_rows for index in counted.folders["both"].shards] == [3, 3, 3, 3]
+        assert store.requests and not [name for name, _ in store.requests if name.endswith(".tar")]
+
+
+def spoiled(config, tables, way):
+    encoder = SpoilingEncoder(config, MEDIA, TOKENIZER)
+    (folder,) = tables.folders.values()
+    encoder.key, encoder.way = folder.shards[3].keys[0], way
+    return encoder
+
+
+def test_a_decoder_that_hangs_on_a_fetched_shard_is_told_in_time(shards, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(FetchAhead, "want", lambda *_: None)  # workers fetch all by themselves
+    remote = data_config("x", length=128, workers=1, timeout_seconds=4.0, cache=str(tmp_path / "cache"))
+    remote.sources = {"shards": SourceConfig(path=named(store))}
+    tables = tables_of(remote)
+    encoder = spoiled(remote, tables, "hang")
+    for number in range(NUM_SHARDS):
+        place = tables.folders["shards"].cache.place_of(named(store))
+        (place / f"shard-{number:06d}.tar").unlink(missing_ok=True)
+    loader = loader_of(remote, tables, planner_of(remote, tables), encoder=encoder)
+    told = rf"^shards/shard-000003\.tar/{encoder.key}: a loader worker hangs .*timeout_seconds=4"
+    with pytest.raises(RuntimeError, match=told):
+        list(loader)
+
+
+def test_a_worker_waits_longer_than_the_timeout_for_a_slow_store(shards, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr("data.loader.LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(FetchAhead, "want", lambda *_: None)
+    remote = data_config("x", length=128, workers=1, timeout_seconds=2.0, cache=str(tmp_path / "cache"))
+    remote.sources = {"shards": SourceConfig(path=named(store))}
+    tables = tables_of(remote)
+    (folder,) = tables.folders.values()
+    folder.cache = ShardCache(folder.cache.folder, 10**9, replace(QUICK, stall_seconds=5.0))
+    (folder.cache.place_of(folder.path) / "shard-000003.tar").unlink(missing_ok=True)
+    store.faults["shard-000003.tar"] = ["stall"]
+    steps = list(loader_of(remote, tables, planner_of(remote, tables)))
+    assert len(store.asked("shard-000003.tar")) >= 2 and steps
+
+
+def test_an_error_of_its_own_that_a_store_raises_ends_the_run_and_drops_nothing(store, shards, tmp_path):
+    remote = data_config("x", length=128, cache=str(tmp_path / "cache"))
+    remote.sources = {"shards": SourceConfig(path=named(store))}
+    tables = tables_of(remote)
+    (folder,) = tables.folders.values()
+    shutil.rmtree(folder.cache.root)
+    folder.cache.make_place(folder.path)
+    for index in shards.glob("*.index.parquet"):
+        shutil.copy(index, folder.cache.place_of(folder.path))
+    for shard in folder.shards:
+        shard.url = shard.url.replace("127.0.0.1", "a" * 64)  # no host has such a name: a UnicodeError
+    loader = loader_of(remote, tables, planner_of(remote, tables))
+    with pytest.raises(RuntimeError, match=r"shards/shard-00000\d\.tar/\w+: .*"):
+        list(loader)
+
+
+def test_a_command_is_read_through_a_descriptor_beyond_1023(shards, cache):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip("this machine allows no such descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1030)]
+    try:
+        folder = load_remote(f"pipe:cat {shards}/shard-{{000000..000001}}.tar", cache)
+        assert len(samples(folder)) == 6
+    finally:
+        for number in taken:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_token_counts_that_lie_beside_the_shards_are_taken(shards, store, tmp_path):
