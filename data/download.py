@@ -15,6 +15,7 @@ from http.client import HTTPException
 from typing import IO, TypeVar
 
 from data.transport import PIECE_BYTES, read_pieces
+from data.urls import shown
 
 REPORT_SECONDS = 30.0
 """How long a file may take before its progress is told, and again after each such time."""
@@ -58,16 +59,16 @@ def ask(url: str, question: Callable[[], Result], patience: Patience, *, moved: 
         try:
             return question()
         except (OSError, HTTPException) as error:
-            cause = str(error) or type(error).__name__
+            cause = (str(error) or type(error).__name__).replace(url, shown(url))
         attempt = 1 if moved() else attempt
         if attempt >= patience.attempts:
             raise RuntimeError(
-                f"{url}: cannot be fetched ({cause}; {attempt} attempts in a row). "
+                f"{shown(url)}: cannot be fetched ({cause}; {attempt} attempts in a row). "
                 "Look at the store and the network, and start the same command again."
             )
         pause = patience.pause_seconds(attempt)
         attempt += 1
-        say(f"{url}: {cause}. Attempt {attempt} of {patience.attempts} in {pause:g} s.")
+        say(f"{shown(url)}: {cause}. Attempt {attempt} of {patience.attempts} in {pause:g} s.")
         time.sleep(pause)
 
 
@@ -156,4 +157,4 @@ class _Progress:
         if now - self.told >= REPORT_SECONDS:
             self.told = now
             of = f" of {self.num_bytes / 1e6:,.0f}" if self.num_bytes else ""
-            say(f"{self.url}: fetching, {have / 1e6:,.0f}{of} MB after {now - self.started:.0f} s.")
+            say(f"{shown(self.url)}: fetching, {have / 1e6:,.0f}{of} MB after {now - self.started:.0f} s.")

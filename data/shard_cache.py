@@ -23,6 +23,7 @@ from typing import IO
 
 from data.download import Patience, download, say
 from data.scan import digest_of_ends
+from data.urls import shown
 
 LOOK_SECONDS = 0.1
 """How often a process looks whether another has fetched a shard, or whether there is room now."""
@@ -89,7 +90,9 @@ class ShardCache:
         """Returns the same, made and marked as ours: nothing is removed from a folder without the mark."""
         place = self.place_of(source)
         place.mkdir(parents=True, exist_ok=True)
-        (place / MARK).write_text(f"{source}\n")  # for people who wonder what lies here
+        mark = place / MARK
+        mark.touch(mode=0o600)
+        mark.write_text(f"{shown(source)}\n")  # for people who wonder what lies here
         return place
 
     def check_disk(self) -> None:
@@ -233,7 +236,7 @@ class ShardCache:
                 return
             partial.truncate(0)
         raise RuntimeError(
-            f"{shard.url}: has other content than when it was indexed. "
+            f"{shown(shard.url)}: has other content than when it was indexed. "
             "Index it again where it was made, upload both, and start a new run."
         )
 
@@ -257,7 +260,7 @@ class ShardCache:
         if needed > 0:
             raise NoRoom(
                 f"data.cache_gib={self.limit_bytes / 2**30:g}: all shards in {self.root} are in use, and "
-                f"{shard.url} needs {shard.num_bytes / 2**30:.3g} GiB. Raise it."
+                f"{shown(shard.url)} needs {shard.num_bytes / 2**30:.3g} GiB. Raise it."
             )
 
     @contextlib.contextmanager

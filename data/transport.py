@@ -12,11 +12,12 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from http.client import InvalidURL
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from data.urls import PIPE, is_web
+from data.urls import PIPE, is_web, shown
 
 PIECE_BYTES = 8 * 2**20
 
@@ -126,8 +127,12 @@ def _web_errors(url: str) -> Iterator[None]:
         yield
     except HTTPError as error:
         if 400 <= error.code < 500 and error.code not in _WORTH_WAITING:
-            raise Absent(f"{url}: the server says {error.code} {error.reason}. Check the URL.") from error
+            raise Absent(
+                f"{shown(url)}: the server says {error.code} {error.reason}. Check the URL."
+            ) from error
         raise OSError(f"the server says {error.code} {error.reason}") from error
+    except (InvalidURL, ValueError) as error:  # the text may hold all of the URL
+        raise Absent(f"{shown(url)}: is no valid URL ({type(error).__name__}). Check it.") from error
 
 
 def _from_store(url: str, start: int, stop: int | None, stall_seconds: float) -> Iterator[bytes]:
@@ -153,17 +158,17 @@ def _store_errors(url: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, PermissionError) as error:
-        raise Absent(f"{url}: {_words(error)}. Check the URL and who may read it.") from error
+        raise Absent(f"{shown(url)}: {_words(error, url)}. Check the URL and who may read it.") from error
     except Absent:
         raise
     except Exception as error:  # every store has errors of its own
         if type(error).__name__ in _NO_ACCESS:
-            raise Absent(f"{url}: {error}. Give this machine access to it.") from error
-        raise OSError(_words(error)) from error
+            raise Absent(f"{shown(url)}: {_words(error, url)}. Give this machine access to it.") from error
+        raise OSError(_words(error, url)) from error
 
 
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+def _words(error: Exception, url: str) -> str:
+    return f"{type(error).__name__}: {error}".replace(url, shown(url)).rstrip(": ")
 
 
 def _from_command(command: str, stall_seconds: float) -> Iterator[bytes]:

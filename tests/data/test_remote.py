@@ -29,7 +29,7 @@ from data.remote import check_room, load_remote, load_source, room_needed
 from data.shard_cache import NoRoom, ShardCache
 from data.shards import ShardReader
 from data.transport import Absent
-from data.urls import expand, index_url, is_remote, shard_name
+from data.urls import expand, index_url, is_remote, shard_name, shown
 from tests.data.corpus import (
     MEDIA,
     TOKENIZER,
@@ -92,11 +92,55 @@ def test_ranges_are_expanded_and_names_found():
     assert [is_remote(path) for path in ("s3://a/b", "pipe:cat x.tar", "shards/a", "C:/x")] == [1, 1, 0, 0]
 
 
+def test_what_is_shown_of_a_url_tells_the_shard_and_no_secret():
+    assert shown("s3://bucket/folder") == "s3://bucket/folder" and shown("shards/a?b") == "shards/a?b"
+    assert shown("https://me:secret@h/a/x-01.tar?sv=1&sig=secret") == "https://h/a/x-01.tar?..."
+    assert shown("https://h/get?token=secret&file=x-01.tar") == "https://h/get?... x-01.tar"
+    for command in (
+        "curl -H 'Authorization: secret' https://me:secret@h/x-01.tar?sig=secret",
+        "TOKEN=secret KEY='secret secret' /usr/bin/curl -u me:secret h/x-01.tar",
+    ):
+        assert shown(f"pipe:{command}") == "pipe:curl ... x-01.tar"
+        assert shown(index_url(f"pipe:{command}")) == "pipe:curl ... x-01.index.parquet"
+    assert shown("pipe:$(secret it's x-01.tar") == "pipe:command ... x-01.tar"
+
+
+def test_no_secret_of_a_url_is_told_or_kept(shards, store, cache, capfd):
+    paths = [f"{named(store)}?sig=secret", f"pipe:KEY=secret cat {shards}/shard-{{000000..000001}}.tar"]
+    store.faults["shard-000001.tar"] = ["error"] * 9
+    for path in paths:
+        folder = load_remote(path, cache)
+        if path.startswith("pipe:"):
+            folder.shards[1].url = f"pipe:KEY=secret false {shards}/shard-000001.tar"
+        with pytest.raises(RuntimeError, match=r"shard-000001\.tar.*: cannot be fetched") as error:
+            folder.open(1)
+        mark = cache.place_of(path) / "source"
+        assert "secret" not in f"{error.value} {mark.read_text()}" and mark.stat().st_mode & 0o777 == 0o600
+    said = capfd.readouterr().err
+    assert "Attempt 2 of 3" in said and "secret" not in said
+    with pytest.raises(ValueError, match="no index beside it") as error:
+        load_remote(f"{store.url}/other.tar?sig=secret", cache)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host name/x.tar", f"http://{'a' * 64}.org/x.tar", "http://h:secret/x.tar"]
+)
+def test_a_url_that_cannot_be_right_is_refused_at_once(url, cache, capfd):
+    with pytest.raises(ValueError, match="is no valid URL"):
+        load_remote(url, cache)
+    assert "Attempt" not in capfd.readouterr().err
+
+
 def test_a_config_refuses_what_cannot_work():
     config = data_config("x")
     config.sources = {"web": SourceConfig(path="https://host/shards")}
     assert ["cache=null" in line for line in config.problems()] == [True]
     assert "cannot be listed there" in config.sources["web"].problems()[0]
+    config.sources["web"].path = "https://host/x-{9..0}.tar"
+    assert "{9..0} holds no number" in config.sources["web"].problems()[0]
+    with pytest.raises(ValueError, match="holds no number"):
+        load_remote(config.sources["web"].path, ShardCache("/nowhere", 1))
     config.cache, config.cache_gib = "somewhere", 0.0
     assert any("cache_gib=0.0" in line for line in config.problems())
 
@@ -166,6 +210,18 @@ def test_indexes_are_fetched_again_only_when_they_change(shards, cache, tmp_path
         os.utime(copy / "shard-000003.index.parquet", (1, 1))
         load_remote(named(store), cache)
         assert len(store.asked("shard-000003.index.parquet")) == 2
+
+
+@pytest.mark.parametrize("place", [-20, 3000])
+def test_a_damaged_index_in_the_cache_is_fetched_again_by_the_next_start(shards, store, cache, place):
+    folder = load_remote(named(store), cache)
+    index = Path(folder.shards[1].path).with_suffix("").with_suffix(".index.parquet")
+    data = bytearray(index.read_bytes())
+    data[place % len(data)] ^= 0xFF
+    index.write_bytes(data)
+    with pytest.raises((ValueError, RuntimeError), match=r"Start the same command again, which fetches"):
+        samples(load_remote(named(store), cache))
+    assert samples(load_remote(named(store), cache)) == samples(load_folder(str(shards)))
 
 
 def test_a_shard_of_other_content_is_refused_and_an_earlier_one_replaced(shards, cache, tmp_path):
@@ -290,8 +346,12 @@ def test_a_disk_without_locks_or_times_is_refused_at_the_start(store, cache, mon
         with pytest.raises(ValueError, match=r"data\.cache=.*: the disk there does not lock files\. Name"):
             load_remote(named(store), cache)
     utime, folder = os.utime, load_remote(named(store), cache)
-    even = lambda path, ns: utime(path, ns=tuple(time // 2_000_000_000 * 2_000_000_000 + 1 for time in ns))  # noqa: E731
-    monkeypatch.setattr(os, "utime", even)
+
+    def to_two_seconds(path, ns=None):
+        ns = ns or (time.time_ns(), time.time_ns())
+        utime(path, ns=tuple(ns - ns % 2_000_000_000 for ns in ns))
+
+    monkeypatch.setattr(os, "utime", to_two_seconds)
     with pytest.raises(ValueError, match=r"data\.cache=.*does not keep the times of files"):
         load_remote(named(store), cache)
     monkeypatch.setattr(os, "utime", lambda *_, **__: None)
