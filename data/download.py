@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import IO, TypeVar
 
-from data.transport import PIECE_BYTES, read_pieces
+from data.transport import FIRST_PIECE_BYTES, WrongLength, find_length, read_pieces
 from data.urls import shown
 
 REPORT_SECONDS = 30.0
@@ -39,6 +39,16 @@ class Patience:
     def pause_seconds(self, attempt: int) -> float:
         """Returns how long to pause after an attempt, counted from 1."""
         return min(self.first_pause_seconds * 2 ** (attempt - 1), self.longest_pause_seconds)
+
+
+class OtherContent(RuntimeError):
+    """A shard is not the one that was indexed."""
+
+    def __init__(self, url: str):
+        super().__init__(
+            f"{shown(url)}: has other content than when it was indexed. "
+            "Index it again where it was made, upload both, and start a new run."
+        )
 
 
 def ask(url: str, question: Callable[[], Result], patience: Patience, *, moved: Callable[[], bool]) -> Result:
@@ -83,6 +93,7 @@ def download(url: str, file: IO[bytes], num_bytes: int | None, patience: Patienc
 
     Raises:
         Absent: it does not exist or may not be read.
+        OtherContent: it has another length.
         RuntimeError: it did not come in spite of all attempts, or cannot be written.
     """
     last = _size(file)
@@ -91,13 +102,19 @@ def download(url: str, file: IO[bytes], num_bytes: int | None, patience: Patienc
     def attempt() -> None:
         if num_bytes is None or _size(file) > num_bytes:
             file.truncate(0)  # of unknown length: what was cut off might be of another version
-        if _size(file) != num_bytes:
+        if _size(file) == num_bytes:
+            return
+        try:
             _append(url, file, num_bytes, patience, progress)
+        except WrongLength as error:  # of the file, or of this one answer
+            if num_bytes and find_length(url, patience.stall_seconds) not in (None, num_bytes):
+                raise OtherContent(url) from error
+            raise
 
     def moved() -> bool:
         nonlocal last
         before, last = last, _size(file)
-        return last - before >= PIECE_BYTES
+        return last - before >= FIRST_PIECE_BYTES
 
     ask(url, attempt, patience, moved=moved)
 
@@ -122,11 +139,11 @@ def _append(
         have += len(piece)
         if num_bytes is not None and have > num_bytes:
             file.truncate(0)
-            raise OSError(f"more than {num_bytes} bytes came")
+            raise WrongLength(f"more than {num_bytes} bytes came")
         _write(file, piece)
         progress.report(have)
     if num_bytes is not None and have < num_bytes:
-        raise OSError(f"{have} of {num_bytes} bytes came")
+        raise WrongLength(f"{have} of {num_bytes} bytes came")
 
 
 def _write(file: IO[bytes], piece: bytes) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from data.download import Patience, download, say
+from data.download import OtherContent, Patience, download, say
 from data.scan import digest_of_ends
 from data.urls import shown
 
@@ -235,10 +235,7 @@ class ShardCache:
                     )
                 return
             partial.truncate(0)
-        raise RuntimeError(
-            f"{shown(shard.url)}: has other content than when it was indexed. "
-            "Index it again where it was made, upload both, and start a new run."
-        )
+        raise OtherContent(shard.url)
 
     def _make_room(self, shard: CachedShard) -> None:
         """Removes what nobody uses until there is room for a shard. The cache must be locked."""

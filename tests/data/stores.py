@@ -78,6 +78,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(500 if fault else 404)
             return
         data = path.read_bytes()
+        if start and start >= len(data) and fault != "whole":
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if start and fault != "whole":
             data = data[start:]
             self.send_response(206)

@@ -28,7 +28,7 @@ from data.index import load_folder
 from data.remote import check_room, load_remote, load_source, room_needed
 from data.shard_cache import NoRoom, ShardCache
 from data.shards import ShardReader
-from data.transport import Absent
+from data.transport import Absent, open_store, read_pieces
 from data.urls import expand, index_url, is_remote, shard_name, shown
 from tests.data.corpus import (
     MEDIA,
@@ -237,6 +237,53 @@ def test_a_shard_of_other_content_is_refused_and_an_earlier_one_replaced(shards,
             folder.open(1)
         (copy / "shard-000001.tar").write_bytes((shards / "shard-000001.tar").read_bytes())
         os.close(folder.open(1))
+
+
+@pytest.mark.parametrize("change", [-9000, -100, 512])
+def test_a_shard_of_another_length_is_told_at_once(shards, cache, tmp_path, change, capfd):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    with web_store(copy) as store:
+        folder = load_remote(named(store), cache)
+        store.faults["shard-000001.tar"] = ["cut"]
+        data = (copy / "shard-000001.tar").read_bytes()
+        (copy / "shard-000001.tar").write_bytes((data + bytes(512))[: len(data) + change])
+        with open(folder.shards[1].cached.partial, "wb") as file:
+            file.write(data[:-5000])  # what an earlier process left
+        with pytest.raises(RuntimeError, match=r"shard-000001\.tar: has other content .*upload both"):
+            folder.open(1)
+    assert capfd.readouterr().err.count("Attempt") <= 1
+
+
+def test_a_store_that_knows_no_timeout_is_not_waited_for_forever(shards, cache, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    quick = ShardCache(cache.folder, 10**9, replace(QUICK, stall_seconds=0.3))
+    folder = load_remote(f"file://{copy}", quick)
+    tar = copy / "shard-000001.tar"
+    tar.unlink()
+    os.mkfifo(tar)
+    with pytest.raises(RuntimeError, match=r"cannot be fetched \(TimeoutError; 3 attempts"):
+        folder.open(1)
+    os.close(os.open(tar, os.O_WRONLY))  # lets go of those who wait
+
+
+def test_a_slow_store_is_asked_for_small_pieces_and_a_fast_one_for_large_ones(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(15 * 2**20))
+    store, path = open_store(f"file://{file}")
+    monkeypatch.setattr(type(store), "cat_file", slowed(type(store).cat_file, 0.1))
+
+    def sizes(stall_seconds):
+        return [len(piece) >> 20 for piece in read_pieces(f"file://{path}", 0, 15 * 2**20, stall_seconds)]
+
+    assert sizes(60.0) == [1, 2, 4, 8] and sizes(0.7) == [1] * 15
+
+
+def slowed(question, seconds):
+    def slow(*args, **options):
+        time.sleep(seconds)
+        return question(*args, **options)
+
+    return slow
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(store, tmp_path):
@@ -568,17 +615,27 @@ def test_a_store_that_stays_away_stops_the_loader_and_names_the_shard(store, sha
 
 
 READ_FROM_S3 = """
-import json, sys
+import json, os, sys
 from data.download import Patience
 from data.remote import load_remote
 from data.shard_cache import ShardCache
 from data.shards import ShardReader
+from data.transport import open_store
 
 cache = ShardCache(sys.argv[1], 10**9, Patience(stall_seconds=2, attempts=4, first_pause_seconds=0.1))
 folder = load_remote("s3://data/shards", cache)
 reader = ShardReader(folder, "s")
 keys = [reader.read(n, r).key for n, shard in enumerate(folder.shards) for r in range(shard.num_rows)]
 print(json.dumps([folder.digest, keys]))
+with open(folder.shards[1].cached.partial, "wb") as file:  # of a longer one, from an earlier process
+    file.write(bytes(folder.shards[1].num_bytes - 1))
+os.unlink(folder.shards[1].path)
+store, path = open_store(folder.shards[1].url)
+store.pipe_file(path, b"short")
+try:
+    folder.open(1)
+except RuntimeError as error:
+    print(error)
 for path in ("s3://data/nothing", "s3://nothing"):
     try:
         load_remote(path, cache)
@@ -592,7 +649,8 @@ def test_shards_of_an_s3_server_are_listed_and_read_whatever_happens_on_the_way(
         command = [sys.executable, "-c", READ_FROM_S3, str(tmp_path / "cache")]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found, *problems = done.stdout.splitlines()
+    found, changed, *problems = done.stdout.splitlines()
+    assert changed.startswith("s3://data/shards/shard-000001.tar: has other content")
     local = load_folder(str(shards))
     assert json.loads(found) == [local.digest, [sample.key for sample in samples(local)]]
     assert [problem.split(": ")[0] for problem in problems] == ["s3://data/nothing", "s3://nothing"]
