@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from enum import Enum
 
-from data.urls import is_remote, problem_of
+from data.urls import is_remote, problem_of, shown
 
 
 class Oversize(Enum):
@@ -48,7 +48,7 @@ class SourceConfig:
         if self.weight is not None and self.epochs != 1.0:
             found.append(f"epochs={self.epochs}: weight={self.weight} decides already. Set one of them.")
         if is_remote(self.path) and (problem := problem_of(self.path)):
-            found.append(f"path={self.path}: {problem}")
+            found.append(f"path={shown(self.path)}: {problem}")
         return found
 
 
@@ -173,7 +173,7 @@ class DataConfig:
         remote = [source.path for source in (self.sources | self.held_out).values() if is_remote(source.path)]
         if remote and not self.cache:
             found.append(
-                f"cache=null: {remote[0]} is remote, so its shards need a folder on this machine. "
+                f"cache=null: {shown(remote[0])} is remote, so its shards need a folder on this machine. "
                 "Set it to one with data.cache=DIR."
             )
         weighted = [name for name, source in self.sources.items() if source.weight is not None]
@@ -191,8 +191,8 @@ def trained_on(held_out: dict[str, SourceConfig], sources: dict[str, SourceConfi
     Two sources of the same folder are apart only by tags that they do not share.
     """
     return [
-        f"held_out.{name}.path={held.path}: source {other!r} trains on this folder, so this would evaluate "
-        "on training samples. Give both of them tags and no tag to both, or use data.holdout."
+        f"held_out.{name}.path={shown(held.path)}: source {other!r} trains on this folder, so this would "
+        "evaluate on training samples. Give both of them tags and no tag to both, or use data.holdout."
         for name, held in held_out.items()
         for other, source in sources.items()
         if os.path.realpath(held.path) == os.path.realpath(source.path)

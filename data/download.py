@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import IO, TypeVar
 
-from data.transport import PIECE_BYTES, read_pieces
+from data.transport import FIRST_PIECE_BYTES, WrongLength, find_length, read_pieces
+from data.urls import shown
 
 REPORT_SECONDS = 30.0
 """How long a file may take before its progress is told, and again after each such time."""
@@ -40,6 +41,16 @@ class Patience:
         return min(self.first_pause_seconds * 2 ** (attempt - 1), self.longest_pause_seconds)
 
 
+class OtherContent(RuntimeError):
+    """A shard is not the one that was indexed."""
+
+    def __init__(self, url: str):
+        super().__init__(
+            f"{shown(url)}: has other content than when it was indexed. "
+            "Index it again where it was made, upload both, and start a new run."
+        )
+
+
 def ask(url: str, question: Callable[[], Result], patience: Patience, *, moved: Callable[[], bool]) -> Result:
     """Returns the answer to a question about `url`, asked again and again where the machine fails.
 
@@ -58,16 +69,16 @@ def ask(url: str, question: Callable[[], Result], patience: Patience, *, moved: 
         try:
             return question()
         except (OSError, HTTPException) as error:
-            cause = str(error) or type(error).__name__
+            cause = (str(error) or type(error).__name__).replace(url, shown(url))
         attempt = 1 if moved() else attempt
         if attempt >= patience.attempts:
             raise RuntimeError(
-                f"{url}: cannot be fetched ({cause}; {attempt} attempts in a row). "
+                f"{shown(url)}: cannot be fetched ({cause}; {attempt} attempts in a row). "
                 "Look at the store and the network, and start the same command again."
             )
         pause = patience.pause_seconds(attempt)
         attempt += 1
-        say(f"{url}: {cause}. Attempt {attempt} of {patience.attempts} in {pause:g} s.")
+        say(f"{shown(url)}: {cause}. Attempt {attempt} of {patience.attempts} in {pause:g} s.")
         time.sleep(pause)
 
 
@@ -82,6 +93,7 @@ def download(url: str, file: IO[bytes], num_bytes: int | None, patience: Patienc
 
     Raises:
         Absent: it does not exist or may not be read.
+        OtherContent: it has another length.
         RuntimeError: it did not come in spite of all attempts, or cannot be written.
     """
     last = _size(file)
@@ -90,13 +102,19 @@ def download(url: str, file: IO[bytes], num_bytes: int | None, patience: Patienc
     def attempt() -> None:
         if num_bytes is None or _size(file) > num_bytes:
             file.truncate(0)  # of unknown length: what was cut off might be of another version
-        if _size(file) != num_bytes:
+        if _size(file) == num_bytes:
+            return
+        try:
             _append(url, file, num_bytes, patience, progress)
+        except WrongLength as error:  # of the file, or of this one answer
+            if num_bytes and find_length(url, patience.stall_seconds) not in (None, num_bytes):
+                raise OtherContent(url) from error
+            raise
 
     def moved() -> bool:
         nonlocal last
         before, last = last, _size(file)
-        return last - before >= PIECE_BYTES
+        return last - before >= FIRST_PIECE_BYTES
 
     ask(url, attempt, patience, moved=moved)
 
@@ -121,11 +139,11 @@ def _append(
         have += len(piece)
         if num_bytes is not None and have > num_bytes:
             file.truncate(0)
-            raise OSError(f"more than {num_bytes} bytes came")
+            raise WrongLength(f"more than {num_bytes} bytes came")
         _write(file, piece)
         progress.report(have)
     if num_bytes is not None and have < num_bytes:
-        raise OSError(f"{have} of {num_bytes} bytes came")
+        raise WrongLength(f"{have} of {num_bytes} bytes came")
 
 
 def _write(file: IO[bytes], piece: bytes) -> None:
@@ -156,4 +174,4 @@ class _Progress:
         if now - self.told >= REPORT_SECONDS:
             self.told = now
             of = f" of {self.num_bytes / 1e6:,.0f}" if self.num_bytes else ""
-            say(f"{self.url}: fetching, {have / 1e6:,.0f}{of} MB after {now - self.started:.0f} s.")
+            say(f"{shown(self.url)}: fetching, {have / 1e6:,.0f}{of} MB after {now - self.started:.0f} s.")

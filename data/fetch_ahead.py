@@ -134,8 +134,8 @@ class _Fetcher:
             if not self._let_go_after(place):
                 self.resting[place] = time.monotonic() + 1.0
             return
-        except (OSError, ValueError, RuntimeError) as error:
-            say(str(error))
+        except Exception as error:  # of any kind: only a worker that needs the shard ends the run
+            say(str(error) or type(error).__name__)
             self.resting[place] = time.monotonic() + REST_SECONDS
             return
         if number is not None:  # else another process is fetching it

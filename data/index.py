@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -82,7 +83,7 @@ class ShardIndex:
         self.path = path
         self.url = url
         self.name = os.path.basename(path)
-        footer = _read_footer(path)
+        footer = _read_footer(path, url)
         if not url:
             _check_shard(path, footer)
         self.num_rows: int = footer["num_rows"]
@@ -113,6 +114,9 @@ class ShardIndex:
             _check_rows(table, self.num_bytes)
         except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
             advice = f"{_advice(self.path)} --again`."
+            if self.url:
+                version_note(Path(path)).unlink(missing_ok=True)  # so that it is fetched again
+                advice = _ADVICE_FROM_AFAR
             raise RuntimeError(f"{path}: cannot be read ({_first_line(error)}). {advice}") from error
         return table
 
@@ -285,6 +289,17 @@ def _advice(shard: str) -> str:
     return f"Run `python -m data.index {os.path.dirname(shard) or '.'}"
 
 
+_ADVICE_FROM_AFAR = (
+    "Start the same command again, which fetches it again. If that does not help, run `python -m data.index` "
+    "where the shards were made, and upload the indexes."
+)
+
+
+def version_note(index: Path) -> Path:
+    """Returns where the version of a fetched index is noted; without the note it is fetched again."""
+    return index.with_name(f".{index.name}.version")
+
+
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
@@ -315,9 +330,9 @@ def _check_footer(footer: dict, columns: list[str]) -> None:
         raise ValueError(f"its columns are {', '.join(columns)[:200]}")
 
 
-def _read_footer(shard: str) -> dict:
-    """Returns what the index says of its shard."""
-    advice = f"{_advice(shard)}`"
+def _read_footer(shard: str, url: str = "") -> dict:
+    """Returns what the index says of its shard, which lies at `url` if it is remote."""
+    advice = _ADVICE_FROM_AFAR.rstrip(".") if url else f"{_advice(shard)}`"
     try:
         metadata = pq.read_metadata(index_path(shard))
         footer = _parse_footer(metadata)

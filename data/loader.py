@@ -201,7 +201,7 @@ class Loader:
                     raise
                 if dead or time.monotonic() > deadline:
                     raise self._blame(dead) from error
-                if self._progress.is_fetching():  # which has patience of its own
+                if self._progress.is_fetching(self._schedule.items[0].number):  # it has patience of its own
                     deadline = time.monotonic() + self._config.timeout_seconds
         if result is None:
             return None

@@ -12,20 +12,21 @@ from typing import NamedTuple
 
 from data.config import DataConfig
 from data.download import Patience, ask, fetch_bytes
-from data.index import UNFINISHED, FolderIndex, ShardIndex, check_formats, load_folder
+from data.index import UNFINISHED, FolderIndex, ShardIndex, check_formats, load_folder, version_note
 from data.scan import index_path
 from data.shard_cache import ShardCache
 from data.transport import Absent, describe_version, list_store
-from data.urls import PIPE, expand, index_url, is_remote, names_shards, shard_name
+from data.urls import PIPE, expand, index_url, is_remote, names_shards, problem_of, shard_name, shown
 
 CONNECTIONS = 16
 """Indexes that are asked for at the same time."""
 
 
 class _Place(NamedTuple):
-    """A shard, and the version of its index where a listing told it."""
+    """A shard, its name here, and the version of its index where a listing told it."""
 
     url: str
+    name: str
     version: str | None = None
 
 
@@ -48,10 +49,9 @@ def load_source(path: str, config: DataConfig) -> FolderIndex:
 def load_remote(path: str, cache: ShardCache) -> FolderIndex:
     """Returns the index of a remote source; raises like `load_source`."""
     places = _find_shards(path, cache.patience)
-    folder = cache.place_of(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "source", f"{path}\n".encode())  # for people who wonder what lies here
+        folder = cache.make_place(path)
+        cache.check_disk()
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             shards = list(pool.map(partial(_load_shard, folder, cache.patience), places))
     except OSError as error:
@@ -102,7 +102,8 @@ def fetch_counts(folder: FolderIndex, fingerprint: str, files: dict[int, Path]) 
         index = folder.shards[shard]
         if index.url.startswith(PIPE):
             return False
-        beside = f"{index.url.rpartition('/')[0]}/.counts/{fingerprint}/{files[shard].name}"
+        name = files[shard].name.replace(index.name, shard_name(index.url))
+        beside = f"{index.url.rpartition('/')[0]}/.counts/{fingerprint}/{name}"
         try:
             content = fetch_bytes(beside, patience)
         except (Absent, RuntimeError):
@@ -117,27 +118,39 @@ def fetch_counts(folder: FolderIndex, fingerprint: str, files: dict[int, Path]) 
 
 
 def _find_shards(path: str, patience: Patience) -> list[_Place]:
+    if problem := problem_of(path):
+        raise ValueError(f"{shown(path)}: {problem}")
     if names_shards(path):
-        return [_Place(url) for url in expand(path)]
+        return _name(expand(path))
     found = _ask(path, partial(list_store, path, patience.stall_seconds), patience)
     if UNFINISHED in found:
-        raise ValueError(f"{path}: was not finished. Run `python -m data.prepare` again, and upload it.")
+        raise ValueError(
+            f"{shown(path)}: was not finished. Run `python -m data.prepare` again, and upload it."
+        )
     tars = sorted(name for name in found if name.endswith(".tar"))
     if not tars:
-        raise ValueError(f"{path}: holds no .tar shards. Check the URL.")
+        raise ValueError(f"{shown(path)}: holds no .tar shards. Check the URL.")
     base = path.rstrip("/")
-    places = [_Place(f"{base}/{name}", found.get(index_path(name))) for name in tars]
+    places = [_Place(f"{base}/{name}", name, found.get(index_path(name))) for name in tars]
     for place in places:
         if place.version is None:
             raise ValueError(_no_index(place.url))
     return places
 
 
+def _name(urls: list[str]) -> list[_Place]:
+    """Gives shards the names that they have, numbered where those of several folders repeat."""
+    names = [shard_name(url) for url in urls]
+    if len(set(names)) < len(names):
+        names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
+    return [_Place(url, name) for url, name in zip(urls, names)]
+
+
 def _load_shard(folder: Path, patience: Patience, place: _Place) -> ShardIndex:
     """Returns the index of a shard, fetched if it is not here in its present version."""
-    shard = folder / shard_name(place.url)
+    shard = folder / place.name
     index, url = Path(index_path(str(shard))), index_url(place.url)
-    note = index.with_name(f".{index.name}.version")
+    note = version_note(index)
     try:
         version = place.version
         if version is None:
@@ -151,7 +164,7 @@ def _load_shard(folder: Path, patience: Patience, place: _Place) -> ShardIndex:
         return ShardIndex(str(shard), place.url)
     except ValueError as error:
         note.unlink(missing_ok=True)
-        raise ValueError(f"{url}: {error}") from error
+        raise ValueError(f"{shown(url)}: {error}") from error
 
 
 def _ask(url, question, patience: Patience):
@@ -160,7 +173,7 @@ def _ask(url, question, patience: Patience):
 
 def _no_index(url: str) -> str:
     return (
-        f"{url}: has no index beside it, {os.path.basename(index_url(url))}. "
+        f"{shown(url)}: has no index beside it, {index_path(shard_name(url))}. "
         "Run `python -m data.index` where the shards were made, and upload the indexes too."
     )
 

@@ -3,6 +3,8 @@
 The files themselves carry the locks, so that nothing is left behind by a process that is killed:
 who reads a shard holds a shared lock on it, who fetches one an exclusive lock on its unfinished file,
 and only what nobody holds is ever removed, the longest unused first.
+
+Some network disks (NFS) want a file open for writing for an exclusive lock, and for reading for a shared one.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from data.download import Patience, download, say
+from data.download import OtherContent, Patience, download, say
 from data.scan import digest_of_ends
+from data.urls import shown
 
 LOOK_SECONDS = 0.1
 """How often a process looks whether another has fetched a shard, or whether there is room now."""
@@ -26,6 +31,16 @@ LOOK_SECONDS = 0.1
 
 QUIET_SECONDS = 10.0
 """How long it waits for room without a word: others may take so long to let go."""
+
+
+MARK = "source"
+"""File in the folder of a source; it says which one."""
+
+_PLACE = re.compile(r"[0-9a-f]{16}")
+
+
+_ODD_SECOND = 1_234_567_891
+"""A time that disks which count in twos do not keep."""
 
 
 class NoRoom(RuntimeError):
@@ -56,7 +71,7 @@ class CachedShard:
 
 @dataclass(frozen=True, slots=True)
 class ShardCache:
-    """The folder `folder`/shards, which holds at most `limit_bytes` of shards of any sources."""
+    """The folder `folder`/remote-shards, which holds at most `limit_bytes` of shards of any sources."""
 
     folder: str
     limit_bytes: int
@@ -65,11 +80,36 @@ class ShardCache:
     @property
     def root(self) -> Path:
         """Where shards and indexes lie, in a folder for each source."""
-        return Path(self.folder) / "shards"
+        return Path(self.folder) / "remote-shards"
 
     def place_of(self, source: str) -> Path:
         """Returns the folder of a source, given its URL."""
         return self.root / hashlib.blake2b(source.rstrip("/").encode(), digest_size=8).hexdigest()
+
+    def make_place(self, source: str) -> Path:
+        """Returns the same, made and marked as ours: nothing is removed from a folder without the mark."""
+        place = self.place_of(source)
+        place.mkdir(parents=True, exist_ok=True)
+        mark = place / MARK
+        mark.touch(mode=0o600)
+        mark.write_text(f"{shown(source)}\n")  # for people who wonder what lies here
+        return place
+
+    def check_disk(self) -> None:
+        """Raises ValueError if the disk has no locks, or does not keep the times of files to the second."""
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.root, prefix=".probe-") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locks = _is_locked(file.name)
+                os.utime(file.name, ns=(0, _ODD_SECOND * 10**9))
+                keeps_times = os.stat(file.name).st_mtime_ns // 10**9 == _ODD_SECOND
+        except OSError as error:
+            problem = f"the disk there cannot be used ({error.strerror or error})"
+        else:
+            if locks and keeps_times:
+                return
+            problem = "the disk there does not " + ("keep the times of files" if locks else "lock files")
+        raise ValueError(f"data.cache={self.folder}: {problem}. Name a folder on a local disk.")
 
     def has(self, shard: CachedShard) -> bool:
         """Returns whether a shard is here, for now."""
@@ -97,9 +137,11 @@ class ShardCache:
     def _wait_for_room(self, shard: CachedShard) -> int | None:
         """Asks those who keep shards only for later to let go, until there is room; returns as `open_now`."""
         started, told = time.monotonic(), False
-        with open(self._asked, "ab") as asked:
-            fcntl.flock(asked, fcntl.LOCK_SH)
+        with open(self._asked, "a+b") as asked:
             while True:
+                # Where another has it, room is asked for already.
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(asked, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 try:
                     return self.open_now(shard)
                 except NoRoom as error:
@@ -113,12 +155,8 @@ class ShardCache:
 
     def is_room_asked_for(self) -> bool:
         """Returns whether somebody has to read a shard for which there is no room."""
-        with open(self._asked, "ab") as asked:
-            try:
-                fcntl.flock(asked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        self._asked.touch()
+        return _is_locked(self._asked)
 
     @property
     def _asked(self) -> Path:
@@ -187,14 +225,17 @@ class ShardCache:
             download(shard.url, partial, shard.num_bytes, self.patience)
             if digest_of_ends(shard.partial) == shard.ends:
                 os.utime(shard.partial, ns=(time.time_ns(), shard.mtime_ns))
+                os.fsync(partial.fileno())  # else a machine that goes down may leave a whole file of zeros
                 with self._locked():
                     os.rename(shard.partial, shard.path)
+                if not shard.is_at(os.fstat(partial.fileno())):  # it would be fetched again and again
+                    raise RuntimeError(
+                        f"data.cache={self.folder}: the disk there does not keep the times of files. "
+                        "Name a folder on a local disk."
+                    )
                 return
             partial.truncate(0)
-        raise RuntimeError(
-            f"{shard.url}: has other content than when it was indexed. "
-            "Index it again where it was made, upload both, and start a new run."
-        )
+        raise OtherContent(shard.url)
 
     def _make_room(self, shard: CachedShard) -> None:
         """Removes what nobody uses until there is room for a shard. The cache must be locked."""
@@ -216,7 +257,7 @@ class ShardCache:
         if needed > 0:
             raise NoRoom(
                 f"data.cache_gib={self.limit_bytes / 2**30:g}: all shards in {self.root} are in use, and "
-                f"{shard.url} needs {shard.num_bytes / 2**30:.3g} GiB. Raise it."
+                f"{shown(shard.url)} needs {shard.num_bytes / 2**30:.3g} GiB. Raise it."
             )
 
     @contextlib.contextmanager
@@ -237,9 +278,19 @@ def _open_locked(path: str) -> IO[bytes] | None:
     return file
 
 
+def _is_locked(path: str | Path) -> bool:
+    """Returns whether somebody has the exclusive lock of a file. Those who ask do not see each other."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _remove_unused(path: str) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(path)
             return True
@@ -250,9 +301,9 @@ def _remove_unused(path: str) -> bool:
 
 
 def _files(root: Path) -> Iterator[os.DirEntry[str]]:
-    """Yields all shards in the cache, whole and unfinished ones."""
+    """Yields all shards in the cache, whole and unfinished ones; never what somebody else put there."""
     for source in os.scandir(root):
-        if source.is_dir():
+        if _PLACE.fullmatch(source.name) and os.path.isfile(os.path.join(source.path, MARK)):
             yield from (entry for entry in os.scandir(source) if entry.name.endswith((".tar", ".partial")))
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -130,13 +130,14 @@ class ShardReader:
     """Reads samples of an indexed folder by shard and row. Opens files when first needed, keeps some.
 
     Shards in a cache are not kept open, since that would keep them there. Picklable: in another process
-    it opens files anew.
+    it opens files anew. `note_fetching` is told when a wait for a remote shard begins and ends.
     """
 
     def __init__(self, folder: FolderIndex, source: str | None = None, max_open: int | None = None):
         self.folder = folder
         self.source = os.path.basename(folder.path.rstrip("/")) if source is None else source
         self.max_open = max_open if max_open is not None else 0 if folder.cache else MAX_OPEN
+        self.note_fetching: Callable[[bool], None] = lambda is_fetching: None
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -186,12 +187,17 @@ class ShardReader:
                 self._open.move_to_end(shard)
                 return self._open[shard]
             try:
-                descriptor = _Descriptor(self.folder.open(shard))
+                descriptor = _Descriptor(self._fetch(shard))
             except FileNotFoundError as error:
                 raise self._unreadable(index, key, "the file is gone") from error
-            except (Absent, RuntimeError) as error:
+            except (OSError, MemoryError):
+                raise
+            except Exception as error:
+                # Stores raise errors of their own; none of them is a sample's fault.
+                what = "" if isinstance(error, (Absent, RuntimeError)) else f"{type(error).__name__}: "
                 where = f"{self.source}/{index.name}/{key}"
-                raise SampleError(f"{where}: {str(error).rstrip('.')}", cause="shard_unreadable") from error
+                problem = f"{where}: {what}{str(error).rstrip('.')}"
+                raise SampleError(problem, cause="shard_unreadable") from error
             num_bytes = os.fstat(descriptor.number).st_size
             if num_bytes != index.num_bytes:
                 raise self._unreadable(index, key, f"the file has {num_bytes} bytes, not {index.num_bytes}")
@@ -200,9 +206,18 @@ class ShardReader:
                 self._open.popitem(last=False)
             return descriptor
 
+    def _fetch(self, shard: int) -> int:
+        if self.folder.has(shard):
+            return self.folder.open(shard)
+        self.note_fetching(True)
+        try:
+            return self.folder.open(shard)
+        finally:
+            self.note_fetching(False)
+
     def _unreadable(self, index: ShardIndex, key: str, problem: str) -> SampleError:
-        return SampleError(
-            f"{self.source}/{index.name}/{key}: {problem}. "
-            f"Restore the shard, or run `python -m data.index {self.folder.path}`",
-            cause="shard_unreadable",
-        )
+        advice = f"Restore the shard, or run `python -m data.index {self.folder.path}`"
+        if index.url:
+            advice = "Start the same command again, which fetches the shard again"
+        where = f"{self.source}/{index.name}/{key}"
+        return SampleError(f"{where}: {problem}. {advice}", cause="shard_unreadable")

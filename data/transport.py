@@ -6,22 +6,32 @@ Whatever the machine or the network fails at is an OSError; `Absent` means that 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from http.client import InvalidURL
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from data.urls import PIPE, is_web
+from data.urls import PIPE, is_web, shown
 
 PIECE_BYTES = 8 * 2**20
 
+FIRST_PIECE_BYTES = 2**20
+"""What is asked for first of an object store, where a piece must come whole in time; fast ones give more."""
+
 _WORTH_WAITING = (408, 425, 429)
 """Answers of a web server that blame the client and still are for now only."""
+
+_BEHIND_THE_END = 416
 
 _NO_ACCESS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError")
 """What the libraries of object stores raise where nobody has logged in."""
@@ -31,6 +41,10 @@ class Absent(ValueError):
     """There is no such file, or none for us."""
 
 
+class WrongLength(OSError):
+    """The file seems to be shorter or longer than it should be."""
+
+
 def read_pieces(url: str, start: int, stop: int | None, stall_seconds: float) -> Iterator[bytes]:
     """Yields the bytes of a URL from `start` to `stop` (None: to its end) in order.
 
@@ -38,6 +52,7 @@ def read_pieces(url: str, start: int, stop: int | None, stall_seconds: float) ->
 
     Raises:
         Absent: it does not exist or may not be read.
+        WrongLength: it ends before `start`.
         OSError: it broke off, or nothing came for `stall_seconds`.
     """
     if url.startswith(PIPE):
@@ -60,10 +75,29 @@ def describe_version(url: str, stall_seconds: float) -> str:
     if not is_web(url):
         with _store_errors(url):
             store, path = open_store(url)
-            return version_of(store.info(path, **_limits(store, stall_seconds)))
+            return version_of(_ask_store(store, stall_seconds, store.info, path))
     with _web_errors(url), urlopen(Request(url, method="HEAD"), timeout=stall_seconds) as answer:
         stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
         return f"{answer.headers.get('Content-Length')} {stamp}" if stamp else ""
+
+
+def find_length(url: str, stall_seconds: float) -> int | None:
+    """Returns how many bytes a file has; None where nobody tells.
+
+    Raises:
+        OSError: nobody answered.
+    """
+    if url.startswith(PIPE):
+        return None
+    with contextlib.suppress(Absent):  # who may read a file may not always ask about it
+        if not is_web(url):
+            with _store_errors(url):
+                store, path = open_store(url)
+                store.invalidate_cache()
+                return int(_ask_store(store, stall_seconds, store.info, path)["size"])
+        with _web_errors(url), urlopen(Request(url, method="HEAD"), timeout=stall_seconds) as answer:
+            return int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
+    return None
 
 
 def list_store(url: str, stall_seconds: float) -> dict[str, str]:
@@ -76,7 +110,7 @@ def list_store(url: str, stall_seconds: float) -> dict[str, str]:
     with _store_errors(url):
         store, path = open_store(url)
         store.invalidate_cache()
-        found = store.ls(path, detail=True, **_limits(store, stall_seconds))
+        found = _ask_store(store, stall_seconds, store.ls, path, detail=True)
         return {entry["name"].rpartition("/")[2]: version_of(entry) for entry in found}
 
 
@@ -125,27 +159,48 @@ def _web_errors(url: str) -> Iterator[None]:
     try:
         yield
     except HTTPError as error:
+        problem = f"the server says {error.code} {error.reason}"
+        if error.code == _BEHIND_THE_END:
+            raise WrongLength(problem) from error
         if 400 <= error.code < 500 and error.code not in _WORTH_WAITING:
-            raise Absent(f"{url}: the server says {error.code} {error.reason}. Check the URL.") from error
-        raise OSError(f"the server says {error.code} {error.reason}") from error
+            raise Absent(f"{shown(url)}: {problem}. Check the URL.") from error
+        raise OSError(problem) from error
+    except (InvalidURL, ValueError) as error:  # the text may hold all of the URL
+        raise Absent(f"{shown(url)}: is no valid URL ({type(error).__name__}). Check it.") from error
 
 
 def _from_store(url: str, start: int, stop: int | None, stall_seconds: float) -> Iterator[bytes]:
     with _store_errors(url):
         store, path = open_store(url)
-        limits = _limits(store, stall_seconds)
+        size = FIRST_PIECE_BYTES
         if stop is None:
-            stop = int(store.info(path, **limits)["size"])
+            stop = int(_ask_store(store, stall_seconds, store.info, path)["size"])
         while start < stop:
-            piece = store.cat_file(path, start=start, end=min(start + PIECE_BYTES, stop), **limits)
+            began = time.monotonic()
+            end = min(start + size, stop)
+            piece = _ask_store(store, stall_seconds, store.cat_file, path, start=start, end=end)
             if not piece:
                 return
+            if time.monotonic() - began < stall_seconds / 8:
+                size = min(2 * size, PIECE_BYTES)
             yield piece
             start += len(piece)
 
 
-def _limits(store: Any, stall_seconds: float) -> dict[str, float]:
-    return {"timeout": stall_seconds} if store.async_impl else {}
+def _ask_store(store: Any, stall_seconds: float, question: Callable[..., Any], *args, **options) -> Any:
+    """Returns the answer of a store, if it comes in time. Those that know no timeout are left waiting."""
+    if store.async_impl:
+        return question(*args, **options, timeout=stall_seconds)
+    answer: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question(*args, **options))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(stall_seconds)
 
 
 @contextlib.contextmanager
@@ -153,17 +208,19 @@ def _store_errors(url: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, PermissionError) as error:
-        raise Absent(f"{url}: {_words(error)}. Check the URL and who may read it.") from error
+        raise Absent(f"{shown(url)}: {_words(error, url)}. Check the URL and who may read it.") from error
     except Absent:
         raise
     except Exception as error:  # every store has errors of its own
         if type(error).__name__ in _NO_ACCESS:
-            raise Absent(f"{url}: {error}. Give this machine access to it.") from error
-        raise OSError(_words(error)) from error
+            raise Absent(f"{shown(url)}: {_words(error, url)}. Give this machine access to it.") from error
+        # The stores' libraries say it with these words or, s3fs, with EINVAL.
+        is_behind = getattr(error, "errno", None) == errno.EINVAL or "not satisfiable" in str(error)
+        raise (WrongLength if is_behind else OSError)(_words(error, url)) from error
 
 
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+def _words(error: Exception, url: str) -> str:
+    return f"{type(error).__name__}: {error}".replace(url, shown(url)).rstrip(": ")
 
 
 def _from_command(command: str, stall_seconds: float) -> Iterator[bytes]:
@@ -191,7 +248,9 @@ def _from_command(command: str, stall_seconds: float) -> Iterator[bytes]:
 
 
 def _is_ready(number: int, stall_seconds: float) -> bool:
-    if select.select([number], [], [], stall_seconds)[0]:
+    waiting = select.poll()  # select() takes no descriptor above 1023
+    waiting.register(number, select.POLLIN)
+    if waiting.poll(stall_seconds * 1000):
         return True
     raise OSError(f"nothing came for {stall_seconds:g} s")
 

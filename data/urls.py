@@ -7,7 +7,9 @@ A URL is of an object store (`s3://bucket/folder`, `gs://...`: shards are listed
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 
 INDEX_SUFFIX = ".index.parquet"
 """What the name of a shard's index ends with, in place of `.tar`."""
@@ -16,6 +18,7 @@ PIPE = "pipe:"
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_FILE = re.compile(r"[^\s/'\"|&;=?]+\.(?:tar|index\.parquet|counts)(?![\w.])")
 _TAR = re.compile(r"([^\s/'\"|&;=?]+)\.tar(?![\w.])")
 
 
@@ -36,12 +39,41 @@ def names_shards(path: str) -> bool:
 
 def problem_of(path: str) -> str:
     """Returns what is wrong with a remote path, or nothing."""
+    for first, last in _RANGE.findall(path):
+        if int(first) > int(last):
+            return f"{{{first}..{last}}} holds no number. Write the smaller number first."
     if not names_shards(path) and (is_web(path) or path.startswith(PIPE)):
         return (
             "does not name its shards, and they cannot be listed there. "
             "Write them as .../shard-{000000..000009}.tar."
         )
     return ""
+
+
+def shown(url: str) -> str:
+    """Returns a URL or command for people to read, without passwords, signatures, tokens and headers.
+
+    The path of a folder stays as it is.
+    """
+    if not is_remote(url):
+        return url
+    if url.startswith(PIPE):
+        kept = f"{PIPE}{_program(url[len(PIPE) :])} ..."
+    else:
+        kept, has_query, _ = re.sub(r"(?<=://)[^/?#]*@", "", url).partition("?")
+        kept = f"{kept.partition('#')[0]}{'?...' if has_query else ''}"
+    name = [found.group() for found in _FILE.finditer(url)][-1:]
+    return kept if name and name[0] in kept else " ".join([kept, *name])
+
+
+def _program(command: str) -> str:
+    """Returns what a command runs first; words such as TOKEN=... before it are secrets."""
+    try:
+        words = [word for word in shlex.split(command) if "=" not in word]
+    except ValueError:
+        words = []
+    program = os.path.basename(words[0]) if words else ""
+    return program if re.fullmatch(r"[\w.+-]{1,40}", program) else "command"
 
 
 def expand(text: str) -> list[str]:

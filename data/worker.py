@@ -64,19 +64,26 @@ class Progress:
     def __init__(self, workers: int):
         self.table = torch.full((max(workers, 1), 5), -1, dtype=torch.int64).share_memory_()
 
-    def note(self, number: int, pack: int = 0, position: int = 0, fetching: bool = False) -> None:
+    def note(self, number: int, pack: int = 0, position: int = 0) -> None:
         """Writes down what this process is at."""
-        info = get_worker_info()
-        row = [os.getpid(), number, pack, position, int(fetching)]
-        self.table[info.id if info else 0] = torch.tensor(row)
+        self.table[_worker()] = torch.tensor([os.getpid(), number, pack, position, 0])
+
+    def note_fetching(self, is_fetching: bool) -> None:
+        """Writes down whether this process waits for the shard of the sample that it is at."""
+        self.table[_worker(), 4] = int(is_fetching)
 
     def rows(self) -> list[tuple[int, int, int, int]]:
         """Returns (process id, work item, pack, position) of every worker that is at a sample."""
         return [(pid, *place) for pid, *place, _ in self.table.tolist() if place[0] >= 0]
 
-    def is_fetching(self) -> bool:
-        """Returns whether a worker waits for a remote shard."""
-        return bool((self.table[:, 4] == 1).any())
+    def is_fetching(self, number: int) -> bool:
+        """Returns whether the worker that is at a work item waits for a remote shard."""
+        return bool(((self.table[:, 1] == number) & (self.table[:, 4] == 1)).any())
+
+
+def _worker() -> int:
+    info = get_worker_info()
+    return info.id if info else 0
 
 
 class MicroBatches(Dataset):
@@ -105,8 +112,7 @@ class MicroBatches(Dataset):
             for place, pack in enumerate(item.packs):
                 rows.append([])
                 for position, ref in enumerate(pack.refs):
-                    is_here = self.folders[ref.source].has(ref.shard)
-                    self.progress.note(item.number, place, position, fetching=not is_here)
+                    self.progress.note(item.number, place, position)
                     rows[-1].append(self._load(ref))
         except OSError as error:
             return Loaded(None, f"{self.name(ref)}: cannot be read ({error}). Check the disk and the mount.")
@@ -144,6 +150,7 @@ class MicroBatches(Dataset):
     def _encode(self, ref: SampleRef) -> EncodedSample:
         if ref.source not in self._readers:
             self._readers[ref.source] = ShardReader(self.folders[ref.source], ref.source)
+            self._readers[ref.source].note_fetching = self.progress.note_fetching
         sample = self._readers[ref.source].read(ref.shard, ref.row, media=True)
         sizes = self.folders[ref.source].shards[ref.shard].sizes(ref.row)
         try:

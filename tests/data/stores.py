@@ -51,11 +51,15 @@ class WebStore(http.server.ThreadingHTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    @property
+    def name(self):
+        return self.path.partition("?")[0].lstrip("/")
+
     def do_HEAD(self):
         self._answer(send=False)
 
     def do_GET(self):
-        name = self.path.lstrip("/")
+        name = self.name
         start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") :].rstrip("-"))
         with self.server.lock:
             self.server.requests.append((name, start))
@@ -69,11 +73,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.server.busy[name] -= 1
 
     def _answer(self, start=0, fault="", send=True):
-        path = self.server.folder / self.path.lstrip("/")
+        path = self.server.folder / self.name
         if fault == "error" or not path.is_file():
             self.send_error(500 if fault else 404)
             return
         data = path.read_bytes()
+        if start and start >= len(data) and fault != "whole":
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if start and fault != "whole":
             data = data[start:]
             self.send_response(206)

@@ -1,15 +1,20 @@
 """Remote shards: the samples of a local folder, whatever the store does, and never more than the limit."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -18,13 +23,16 @@ import torch
 
 from data.config import SourceConfig
 from data.download import Patience
+from data.fetch_ahead import FetchAhead
 from data.index import load_folder
 from data.remote import check_room, load_remote, load_source, room_needed
 from data.shard_cache import NoRoom, ShardCache
 from data.shards import ShardReader
-from data.transport import Absent
-from data.urls import expand, index_url, is_remote, shard_name
+from data.transport import Absent, open_store, read_pieces
+from data.urls import expand, index_url, is_remote, shard_name, shown
 from tests.data.corpus import (
+    MEDIA,
+    TOKENIZER,
     data_config,
     loader_of,
     planner_of,
@@ -35,6 +43,7 @@ from tests.data.corpus import (
     write_media,
 )
 from tests.data.stores import s3_store, size_of, web_store
+from tests.data.test_loader import SpoilingEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = Patience(stall_seconds=2.0, attempts=3, first_pause_seconds=0.01, room_seconds=1.0)
@@ -83,11 +92,55 @@ def test_ranges_are_expanded_and_names_found():
     assert [is_remote(path) for path in ("s3://a/b", "pipe:cat x.tar", "shards/a", "C:/x")] == [1, 1, 0, 0]
 
 
+def test_what_is_shown_of_a_url_tells_the_shard_and_no_secret():
+    assert shown("s3://bucket/folder") == "s3://bucket/folder" and shown("shards/a?b") == "shards/a?b"
+    assert shown("https://me:secret@h/a/x-01.tar?sv=1&sig=secret") == "https://h/a/x-01.tar?..."
+    assert shown("https://h/get?token=secret&file=x-01.tar") == "https://h/get?... x-01.tar"
+    for command in (
+        "curl -H 'Authorization: secret' https://me:secret@h/x-01.tar?sig=secret",
+        "TOKEN=secret KEY='secret secret' /usr/bin/curl -u me:secret h/x-01.tar",
+    ):
+        assert shown(f"pipe:{command}") == "pipe:curl ... x-01.tar"
+        assert shown(index_url(f"pipe:{command}")) == "pipe:curl ... x-01.index.parquet"
+    assert shown("pipe:$(secret it's x-01.tar") == "pipe:command ... x-01.tar"
+
+
+def test_no_secret_of_a_url_is_told_or_kept(shards, store, cache, capfd):
+    paths = [f"{named(store)}?sig=secret", f"pipe:KEY=secret cat {shards}/shard-{{000000..000001}}.tar"]
+    store.faults["shard-000001.tar"] = ["error"] * 9
+    for path in paths:
+        folder = load_remote(path, cache)
+        if path.startswith("pipe:"):
+            folder.shards[1].url = f"pipe:KEY=secret false {shards}/shard-000001.tar"
+        with pytest.raises(RuntimeError, match=r"shard-000001\.tar.*: cannot be fetched") as error:
+            folder.open(1)
+        mark = cache.place_of(path) / "source"
+        assert "secret" not in f"{error.value} {mark.read_text()}" and mark.stat().st_mode & 0o777 == 0o600
+    said = capfd.readouterr().err
+    assert "Attempt 2 of 3" in said and "secret" not in said
+    with pytest.raises(ValueError, match="no index beside it") as error:
+        load_remote(f"{store.url}/other.tar?sig=secret", cache)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host name/x.tar", f"http://{'a' * 64}.org/x.tar", "http://h:secret/x.tar"]
+)
+def test_a_url_that_cannot_be_right_is_refused_at_once(url, cache, capfd):
+    with pytest.raises(ValueError, match="is no valid URL"):
+        load_remote(url, cache)
+    assert "Attempt" not in capfd.readouterr().err
+
+
 def test_a_config_refuses_what_cannot_work():
     config = data_config("x")
     config.sources = {"web": SourceConfig(path="https://host/shards")}
     assert ["cache=null" in line for line in config.problems()] == [True]
     assert "cannot be listed there" in config.sources["web"].problems()[0]
+    config.sources["web"].path = "https://host/x-{9..0}.tar"
+    assert "{9..0} holds no number" in config.sources["web"].problems()[0]
+    with pytest.raises(ValueError, match="holds no number"):
+        load_remote(config.sources["web"].path, ShardCache("/nowhere", 1))
     config.cache, config.cache_gib = "somewhere", 0.0
     assert any("cache_gib=0.0" in line for line in config.problems())
 
@@ -159,6 +212,18 @@ def test_indexes_are_fetched_again_only_when_they_change(shards, cache, tmp_path
         assert len(store.asked("shard-000003.index.parquet")) == 2
 
 
+@pytest.mark.parametrize("place", [-20, 3000])
+def test_a_damaged_index_in_the_cache_is_fetched_again_by_the_next_start(shards, store, cache, place):
+    folder = load_remote(named(store), cache)
+    index = Path(folder.shards[1].path).with_suffix("").with_suffix(".index.parquet")
+    data = bytearray(index.read_bytes())
+    data[place % len(data)] ^= 0xFF
+    index.write_bytes(data)
+    with pytest.raises((ValueError, RuntimeError), match=r"Start the same command again, which fetches"):
+        samples(load_remote(named(store), cache))
+    assert samples(load_remote(named(store), cache)) == samples(load_folder(str(shards)))
+
+
 def test_a_shard_of_other_content_is_refused_and_an_earlier_one_replaced(shards, cache, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     with web_store(copy) as store:
@@ -172,6 +237,53 @@ def test_a_shard_of_other_content_is_refused_and_an_earlier_one_replaced(shards,
             folder.open(1)
         (copy / "shard-000001.tar").write_bytes((shards / "shard-000001.tar").read_bytes())
         os.close(folder.open(1))
+
+
+@pytest.mark.parametrize("change", [-9000, -100, 512])
+def test_a_shard_of_another_length_is_told_at_once(shards, cache, tmp_path, change, capfd):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    with web_store(copy) as store:
+        folder = load_remote(named(store), cache)
+        store.faults["shard-000001.tar"] = ["cut"]
+        data = (copy / "shard-000001.tar").read_bytes()
+        (copy / "shard-000001.tar").write_bytes((data + bytes(512))[: len(data) + change])
+        with open(folder.shards[1].cached.partial, "wb") as file:
+            file.write(data[:-5000])  # what an earlier process left
+        with pytest.raises(RuntimeError, match=r"shard-000001\.tar: has other content .*upload both"):
+            folder.open(1)
+    assert capfd.readouterr().err.count("Attempt") <= 1
+
+
+def test_a_store_that_knows_no_timeout_is_not_waited_for_forever(shards, cache, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    quick = ShardCache(cache.folder, 10**9, replace(QUICK, stall_seconds=0.3))
+    folder = load_remote(f"file://{copy}", quick)
+    tar = copy / "shard-000001.tar"
+    tar.unlink()
+    os.mkfifo(tar)
+    with pytest.raises(RuntimeError, match=r"cannot be fetched \(TimeoutError; 3 attempts"):
+        folder.open(1)
+    os.close(os.open(tar, os.O_WRONLY))  # lets go of those who wait
+
+
+def test_a_slow_store_is_asked_for_small_pieces_and_a_fast_one_for_large_ones(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(15 * 2**20))
+    store, path = open_store(f"file://{file}")
+    monkeypatch.setattr(type(store), "cat_file", slowed(type(store).cat_file, 0.1))
+
+    def sizes(stall_seconds):
+        return [len(piece) >> 20 for piece in read_pieces(f"file://{path}", 0, 15 * 2**20, stall_seconds)]
+
+    assert sizes(60.0) == [1, 2, 4, 8] and sizes(0.7) == [1] * 15
+
+
+def slowed(question, seconds):
+    def slow(*args, **options):
+        time.sleep(seconds)
+        return question(*args, **options)
+
+    return slow
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(store, tmp_path):
@@ -219,6 +331,79 @@ def test_what_is_in_use_stays_and_the_longest_unused_goes_first(shards, store, c
     assert "shard-000000.tar" not in names(cache.root)
     for number in others:
         os.close(number)
+
+
+@pytest.mark.parametrize("place", ["captions", "0123456789abcdef", "../shards/captions"])
+def test_shards_that_somebody_else_put_there_are_neither_removed_nor_counted(shards, store, cache, place):
+    foreign = cache.root / place
+    shutil.copytree(shards, foreign)
+    largest = max(path.stat().st_size for path in shards.glob("*.tar"))
+    folder = load_remote(named(store), ShardCache(cache.folder, largest, QUICK))
+    for shard in range(NUM_SHARDS):
+        os.close(folder.open(shard))
+    assert len(names(foreign)) == NUM_SHARDS
+    assert len(names(cache.place_of(folder.path))) == 1
+
+
+@pytest.fixture
+def nfs_locks(monkeypatch):
+    """Locks as NFS gives them: an exclusive one to who may write, a shared one to who may read."""
+    flock = fcntl.flock
+
+    def strict(file, operation):
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if mode == (os.O_WRONLY if operation & fcntl.LOCK_SH else os.O_RDONLY):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+
+
+def test_a_cache_on_nfs_makes_room_and_waits_for_it(shards, store, cache, nfs_locks):
+    largest = max(path.stat().st_size for path in shards.glob("*.tar"))
+    folder = load_remote(named(store), ShardCache(cache.folder, largest, QUICK))
+    os.close(folder.open(0))
+    kept = folder.open(1)
+    assert names(cache.root) == ["shard-000001.tar"]
+    release = threading.Timer(0.3, os.close, [kept])
+    release.start()
+    os.close(folder.open(2))
+    release.join()
+    assert names(cache.root) == ["shard-000002.tar"]
+
+
+def test_who_looks_whether_room_is_asked_for_is_not_taken_for_one_who_asks(shards, store, cache):
+    largest = max(path.stat().st_size for path in shards.glob("*.tar"))
+    folder = load_remote(named(store), ShardCache(cache.folder, largest, QUICK))
+    with ThreadPoolExecutor(8) as pool:
+        assert not any(pool.map(lambda _: folder.cache.is_room_asked_for(), range(4000)))
+        kept = folder.open(0)
+        waiting = [pool.submit(folder.open, 1), pool.submit(folder.open, 1)]
+        while not folder.cache.is_room_asked_for():
+            time.sleep(0.001)
+        os.close(kept)
+        for job in waiting:
+            os.close(job.result())
+    assert not folder.cache.is_room_asked_for()
+
+
+def test_a_disk_without_locks_or_times_is_refused_at_the_start(store, cache, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lambda *_: None)
+        with pytest.raises(ValueError, match=r"data\.cache=.*: the disk there does not lock files\. Name"):
+            load_remote(named(store), cache)
+    utime, folder = os.utime, load_remote(named(store), cache)
+
+    def to_two_seconds(path, ns=None):
+        ns = ns or (time.time_ns(), time.time_ns())
+        utime(path, ns=tuple(ns - ns % 2_000_000_000 for ns in ns))
+
+    monkeypatch.setattr(os, "utime", to_two_seconds)
+    with pytest.raises(ValueError, match=r"data\.cache=.*does not keep the times of files"):
+        load_remote(named(store), cache)
+    monkeypatch.setattr(os, "utime", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match=r"data\.cache=.*does not keep the times of files"):
+        folder.open(0)
 
 
 def _open_shard(folder, shard):
@@ -283,7 +468,7 @@ def test_a_loader_gives_the_same_from_afar_and_goes_on_with_an_empty_cache(shard
     def watch():
         nonlocal most
         while not ended.is_set():
-            most = max(most, size_of(tmp_path / "cache" / "shards"))
+            most = max(most, size_of(tmp_path / "cache"))
             time.sleep(0.002)
 
     watching = threading.Thread(target=watch)
@@ -298,6 +483,95 @@ def test_a_loader_gives_the_same_from_afar_and_goes_on_with_an_empty_cache(shard
     watching.join()
     assert same(first + second, whole) and len(whole) > 6
     assert 0 < most <= sum(sizes[-4:]) and store.most_at_once == 1
+
+
+def test_shards_of_several_folders_may_have_the_same_names(shards, cache, tmp_path):
+    (tmp_path / "part-0").symlink_to(shards)
+    clip = write_media(tmp_path, "b.wav", wav_bytes(16000))
+    others = [record(n, answer="another", audio=clip) for n in range(6)]
+    prepare_folder(tmp_path, others, tmp_path / "part-1", samples_per_shard=3)
+    first, second = (load_folder(str(tmp_path / f"part-{n}")) for n in (0, 1))
+    with web_store(tmp_path) as store:
+        path = f"{store.url}/part-{{0..1}}/shard-{{000000..000001}}.tar"
+        folder = load_remote(path, cache)
+        assert samples(folder) == samples(first)[:6] + samples(second)
+        for part in (0, 1):
+            tables_of(data_config(str(tmp_path / f"part-{part}")))  # counts its tokens
+        remote = data_config("x", cache=str(tmp_path / "other"))
+        remote.sources = {"both": SourceConfig(path=path)}
+        store.requests.clear()
+        counted = tables_of(remote)
+        assert [index.num_rows for index in counted.folders["both"].shards] == [3, 3, 3, 3]
+        assert store.requests and not [name for name, _ in store.requests if name.endswith(".tar")]
+
+
+def spoiled(config, tables, way):
+    encoder = SpoilingEncoder(config, MEDIA, TOKENIZER)
+    (folder,) = tables.folders.values()
+    encoder.key, encoder.way = folder.shards[3].keys[0], way
+    return encoder
+
+
+def test_a_decoder_that_hangs_on_a_fetched_shard_is_told_in_time(shards, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(FetchAhead, "want", lambda *_: None)  # workers fetch all by themselves
+    remote = data_config("x", length=128, workers=1, timeout_seconds=4.0, cache=str(tmp_path / "cache"))
+    remote.sources = {"shards": SourceConfig(path=named(store))}
+    tables = tables_of(remote)
+    encoder = spoiled(remote, tables, "hang")
+    for number in range(NUM_SHARDS):
+        place = tables.folders["shards"].cache.place_of(named(store))
+        (place / f"shard-{number:06d}.tar").unlink(missing_ok=True)
+    loader = loader_of(remote, tables, planner_of(remote, tables), encoder=encoder)
+    told = rf"^shards/shard-000003\.tar/{encoder.key}: a loader worker hangs .*timeout_seconds=4"
+    with pytest.raises(RuntimeError, match=told):
+        list(loader)
+
+
+def test_a_worker_waits_longer_than_the_timeout_for_a_slow_store(shards, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr("data.loader.LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(FetchAhead, "want", lambda *_: None)
+    remote = data_config("x", length=128, workers=1, timeout_seconds=2.0, cache=str(tmp_path / "cache"))
+    remote.sources = {"shards": SourceConfig(path=named(store))}
+    tables = tables_of(remote)
+    (folder,) = tables.folders.values()
+    folder.cache = ShardCache(folder.cache.folder, 10**9, replace(QUICK, stall_seconds=5.0))
+    (folder.cache.place_of(folder.path) / "shard-000003.tar").unlink(missing_ok=True)
+    store.faults["shard-000003.tar"] = ["stall"]
+    steps = list(loader_of(remote, tables, planner_of(remote, tables)))
+    assert len(store.asked("shard-000003.tar")) >= 2 and steps
+
+
+def test_an_error_of_its_own_that_a_store_raises_ends_the_run_and_drops_nothing(store, shards, tmp_path):
+    remote = data_config("x", length=128, cache=str(tmp_path / "cache"))
+    remote.sources = {"shards": SourceConfig(path=named(store))}
+    tables = tables_of(remote)
+    (folder,) = tables.folders.values()
+    shutil.rmtree(folder.cache.root)
+    folder.cache.make_place(folder.path)
+    for index in shards.glob("*.index.parquet"):
+        shutil.copy(index, folder.cache.place_of(folder.path))
+    for shard in folder.shards:
+        shard.url = shard.url.replace("127.0.0.1", "a" * 64)  # no host has such a name: a UnicodeError
+    loader = loader_of(remote, tables, planner_of(remote, tables))
+    with pytest.raises(RuntimeError, match=r"shards/shard-00000\d\.tar/\w+: .*"):
+        list(loader)
+
+
+def test_a_command_is_read_through_a_descriptor_beyond_1023(shards, cache):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip("this machine allows no such descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1030)]
+    try:
+        folder = load_remote(f"pipe:cat {shards}/shard-{{000000..000001}}.tar", cache)
+        assert len(samples(folder)) == 6
+    finally:
+        for number in taken:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_token_counts_that_lie_beside_the_shards_are_taken(shards, store, tmp_path):
@@ -330,10 +604,9 @@ def test_a_store_that_stays_away_stops_the_loader_and_names_the_shard(store, sha
     tables = tables_of(remote)
     for folder in tables.folders.values():
         shutil.rmtree(folder.cache.root)
-        folder.cache.place_of(folder.path).mkdir(parents=True)
-        shutil.copytree(shards, folder.cache.place_of(folder.path), dirs_exist_ok=True)
-        for tar in folder.cache.place_of(folder.path).glob("*.tar"):
-            tar.unlink()
+        place = folder.cache.make_place(folder.path)
+        for index in shards.glob("*.index.parquet"):
+            shutil.copy(index, place)
         folder.cache = ShardCache(folder.cache.folder, 10**9, QUICK)
     store.faults.update({f"shard-{n:06d}.tar": ["error"] * 99 for n in range(NUM_SHARDS)})
     loader = loader_of(remote, tables, planner_of(remote, tables))
@@ -342,17 +615,27 @@ def test_a_store_that_stays_away_stops_the_loader_and_names_the_shard(store, sha
 
 
 READ_FROM_S3 = """
-import json, sys
+import json, os, sys
 from data.download import Patience
 from data.remote import load_remote
 from data.shard_cache import ShardCache
 from data.shards import ShardReader
+from data.transport import open_store
 
 cache = ShardCache(sys.argv[1], 10**9, Patience(stall_seconds=2, attempts=4, first_pause_seconds=0.1))
 folder = load_remote("s3://data/shards", cache)
 reader = ShardReader(folder, "s")
 keys = [reader.read(n, r).key for n, shard in enumerate(folder.shards) for r in range(shard.num_rows)]
 print(json.dumps([folder.digest, keys]))
+with open(folder.shards[1].cached.partial, "wb") as file:  # of a longer one, from an earlier process
+    file.write(bytes(folder.shards[1].num_bytes - 1))
+os.unlink(folder.shards[1].path)
+store, path = open_store(folder.shards[1].url)
+store.pipe_file(path, b"short")
+try:
+    folder.open(1)
+except RuntimeError as error:
+    print(error)
 for path in ("s3://data/nothing", "s3://nothing"):
     try:
         load_remote(path, cache)
@@ -366,7 +649,8 @@ def test_shards_of_an_s3_server_are_listed_and_read_whatever_happens_on_the_way(
         command = [sys.executable, "-c", READ_FROM_S3, str(tmp_path / "cache")]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found, *problems = done.stdout.splitlines()
+    found, changed, *problems = done.stdout.splitlines()
+    assert changed.startswith("s3://data/shards/shard-000001.tar: has other content")
     local = load_folder(str(shards))
     assert json.loads(found) == [local.digest, [sample.key for sample in samples(local)]]
     assert [problem.split(": ")[0] for problem in problems] == ["s3://data/nothing", "s3://nothing"]

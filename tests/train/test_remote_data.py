@@ -27,7 +27,7 @@ def test_two_ranks_share_a_small_cache_and_lose_nothing_when_killed(tmp_path, mo
     def watch():
         nonlocal most
         while not ended.wait(0.005):
-            most = max(most, size_of(cache / "shards"))
+            most = max(most, size_of(cache))
 
     watching = threading.Thread(target=watch)
     watching.start()
