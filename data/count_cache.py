@@ -25,6 +25,7 @@ from data.index import FolderIndex
 from data.remote import fetch_counts
 from data.sample import SampleError
 from data.shards import ShardReader
+from data.urls import shown
 
 MODALITIES = ("text", "image", "audio", "image+audio")
 """Names behind the codes of `ShardCounts.modality`."""
@@ -167,7 +168,7 @@ def _make_folder(place: Path, folder: FolderIndex, where: str) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"{where}.path={folder.path}: token counts cannot be written to {place} "
+            f"{where}.path={shown(folder.path)}: token counts cannot be written to {place} "
             f"({error.strerror}). Set data.cache=DIR to a folder that you may write to."
         ) from error
 

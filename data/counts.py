@@ -20,6 +20,7 @@ from data.index import FolderIndex, ShardIndex
 from data.plan import SourceTable
 from data.remote import load_source
 from data.sample import Dropped
+from data.urls import shown
 
 SAMPLES_PER_FRAME = 320
 """Waveform samples behind a frame of the audio encoder: two log-mel columns of 160."""
@@ -154,8 +155,8 @@ def _choice(
     try:
         return _Choice(name, where, source, load_source(source.path, config), held, tags)
     except ValueError as error:
-        text = str(error).removeprefix(f"{source.path}: ")
-        raise ValueError(f"{where}.path={source.path}: {text}") from error
+        text = str(error).removeprefix(f"{shown(source.path)}: ")
+        raise ValueError(f"{where}.path={shown(source.path)}: {text}") from error
 
 
 def _select(
@@ -272,6 +273,6 @@ def _nothing_left(choice: _Choice) -> str:
         )
     named = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
     return (
-        f"{choice.where}.path={choice.source.path}: none of its {choice.folder.num_rows} samples is left "
-        f"({named}). Remove the source, or mend it."
+        f"{choice.where}.path={shown(choice.source.path)}: none of its {choice.folder.num_rows} samples is "
+        f"left ({named}). Remove the source, or mend it."
     )
