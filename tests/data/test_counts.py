@@ -4,7 +4,7 @@ import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -114,6 +114,17 @@ def test_pool_counts_the_same_as_one_process(mixed, tmp_path, monkeypatch):
     pooled = tables_of(data_config(mixed, cache=str(tmp_path / "pooled")))
     assert pooled.fingerprint == inline.fingerprint
     assert pooled.quarantined == inline.quarantined
+
+
+@pytest.mark.parametrize(("limit_bytes", "most"), [(10_000, 3), (2_900, 2), (500, 1), (None, 3)])
+def test_no_more_processes_count_than_there_are_cores_shards_and_room(monkeypatch, limit_bytes, most):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(96)))
+    cache = SimpleNamespace(limit_bytes=limit_bytes) if limit_bytes else None
+    shards = [SimpleNamespace(num_bytes=num_bytes) for num_bytes in (100, 1000, 1200, 5000)]
+    folder = cast(Any, SimpleNamespace(cache=cache, shards=shards))
+    assert count_cache._num_processes(folder, [0, 1, 2]) == most
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 7})
+    assert count_cache._num_processes(folder, [0, 1, 2]) == min(most, 2)
 
 
 def test_each_worker_reads_the_columns_of_a_shard_about_once_and_keeps_those_of_a_window(
