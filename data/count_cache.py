@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ def _read_all(place: Path, folder: FolderIndex) -> tuple[list[ShardCounts | None
 def _count_shards(
     folder: FolderIndex, encoder: Encoder, shards: list[int]
 ) -> Iterator[tuple[int, ShardCounts]]:
-    processes = min(len(shards), os.cpu_count() or 1)
+    processes = _num_processes(folder, shards)
     if processes == 1 or sum(folder.shards[shard].num_rows for shard in shards) <= POOL_FROM:
         yield from ((shard, count_shard(folder, shard, encoder)) for shard in shards)
         return
@@ -103,6 +104,15 @@ def _count_shards(
                 yield jobs[job], job.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _num_processes(folder: FolderIndex, shards: list[int]) -> int:
+    """Returns how many processes count: no more than there are cores for us, or room for what they read."""
+    mine = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+    most = min(len(shards), len(mine))
+    if folder.cache:  # each holds a shard in it
+        most = min(most, folder.cache.limit_bytes // max(folder.shards[shard].num_bytes for shard in shards))
+    return max(most, 1)
 
 
 _process: tuple[FolderIndex, Encoder] | None = None

@@ -108,6 +108,7 @@ def build_tables(
             _select(config, choice, shard, counts[shard], takes, tables.quarantined)
             for shard in range(len(counts))
         ]
+        choice.folder.keep(config.shuffle_shards)  # so many are read at a time; none has been yet
         table = _table(choice, counts, taken, cost, media.audio.sample_rate_hz)
         tables.folders[choice.name] = choice.folder
         tables.report[choice.name] = _report(choice, counts, taken)

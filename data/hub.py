@@ -12,10 +12,19 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from data.download import Patience, ask
 from data.formats import extension_of
 from data.records import Held, Record
+from data.transport import Absent
 
 HUB = "hf:"
+
+PATIENCE = Patience()
+"""With the hub, beyond what its own library tries."""
+
+_ABSENT = (404, 410)
+_REFUSED = (400, 401, 403)
+"""Answers of the hub that are the same however often it is asked."""
 
 
 def read_hub(source: str, config: str | None, split: str, columns: dict[str, str]) -> Iterator[Record]:
@@ -42,8 +51,11 @@ def read_hub(source: str, config: str | None, split: str, columns: dict[str, str
     try:
         for number, row in enumerate(rows.cast(_undecoded(features))):
             yield _record(row, features, columns, f"{name}/{split}[{number}]")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RuntimeError(f"{source}: cannot be read after row {number} ({error}).") from error
+    except Exception as error:  # `datasets`, the hub and its web client have errors of their own
+        advice = "Look at the data set and the network, and start the same command again."
+        raise RuntimeError(
+            f"{source}: cannot be read after row {number} ({_words(error)}). {advice}"
+        ) from error
 
 
 def _open(source: str, config: str | None, split: str) -> Any:
@@ -52,9 +64,10 @@ def _open(source: str, config: str | None, split: str) -> Any:
     name = source[len(HUB) :]
     try:
         return datasets.load_dataset(name, config, split=split, streaming=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         where = f"{source}, --config {config}, --split {split}" if config else f"{source}, --split {split}"
-        raise ValueError(f"{where}: cannot be opened ({error}).") from error
+        advice = "Check the names and the network."
+        raise ValueError(f"{where}: cannot be opened ({_words(error)}). {advice}") from error
 
 
 def _undecoded(features: Any) -> Any:
@@ -113,7 +126,32 @@ def _hold(value: dict[str, Any], held: dict[str, Held]) -> str | None:
 
 
 def _read_hub_file(path: str) -> bytes:
+    """Returns a file of the hub.
+
+    Raises:
+        Absent: there is no such file.
+        RuntimeError: it may not be read, or did not come in spite of all attempts.
+    """
+    return ask(path, partial(_try_hub_file, path), PATIENCE, moved=lambda: False)
+
+
+def _try_hub_file(path: str) -> bytes:
     import fsspec
 
-    with fsspec.open(path, "rb") as file:
-        return file.read()  # type: ignore[union-attr]
+    try:
+        with fsspec.open(path, "rb") as file:
+            return file.read()  # type: ignore[union-attr]
+    except Exception as error:  # fsspec, the hub and its web client have errors of their own
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in _REFUSED:
+            advice = "Give this machine access to it (HF_TOKEN)."
+            raise RuntimeError(f"{path}: the hub refuses it ({_words(error)}). {advice}") from error
+        # No other ValueError: the hub's library raises one where it cannot read what an answer of 503 says.
+        if status in _ABSENT or isinstance(error, FileNotFoundError):
+            raise Absent(_words(error)) from error
+        raise OSError(_words(error)) from error
+
+
+def _words(error: Exception) -> str:
+    """Returns an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": .")

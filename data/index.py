@@ -15,7 +15,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,9 @@ _NUMBERS = {"members": ("offset", "size"), "images": ("width", "height"), "audio
 MOST = 2**40
 """Above every number that an index may hold: bytes of a tar, or years of sound."""
 
+SHARDS_IN_MEMORY = 16
+"""Shards of a folder whose columns a process keeps (3 MiB for 10,000 rows) unless the folder is told."""
+
 NUM_NAMED = 3
 """How many bad samples a summary names."""
 
@@ -70,10 +73,52 @@ class _StructLists:
         return [numbers[chosen] for numbers in self._numbers]
 
 
+class _Columns:
+    """What stands in the rows of a shard's index."""
+
+    def __init__(self, shard: ShardIndex):
+        path = index_path(shard.path)
+        try:
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            if _parse_footer(file.metadata).get("fingerprint") != shard.fingerprint:
+                raise RuntimeError(f"{path}: has changed while in use. Start the run again.")
+            self.table = file.read().cast(SCHEMA)
+            _check_rows(self.table, shard.num_bytes)
+        except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
+            advice = f"{_advice(shard.path)} --again`."
+            if shard.url:
+                version_note(Path(path)).unlink(missing_ok=True)  # so that it is fetched again
+                advice = _ADVICE_FROM_AFAR
+            raise RuntimeError(f"{path}: cannot be read ({_first_line(error)}). {advice}") from error
+
+    @cached_property
+    def members(self) -> _StructLists:
+        return _StructLists(self.table.column("members"), *_NUMBERS["members"])
+
+    @cached_property
+    def images(self) -> _StructLists:
+        return _StructLists(self.table.column("images"), *_NUMBERS["images"])
+
+    @cached_property
+    def audios(self) -> _StructLists:
+        return _StructLists(self.table.column("audios"), *_NUMBERS["audios"])
+
+    @cached_property
+    def keys(self) -> list[str]:
+        return self.table.column("key").to_pylist()
+
+    @cached_property
+    def errors(self) -> dict[int, tuple[str, str]]:
+        bad = np.flatnonzero(self.table.column("cause").is_valid().to_numpy())
+        found = self.table.select(["cause", "message"]).take(bad).to_pydict()
+        return dict(zip(bad.tolist(), zip(found["cause"], found["message"])))
+
+
 class ShardIndex:
     """The index of one shard. Only the footer is read at first; columns come when asked for.
 
-    A remote shard has a `url`; its tar comes and goes at `path`, and only its index is there now.
+    They go again when those of other shards of its folder are asked for. A remote shard has a `url`; its
+    tar comes and goes at `path`, and only its index is there now.
 
     Attributes: `path` and `name` of the tar, `num_rows`, `format` (layout of its members),
     `num_bytes` of the tar, `fingerprint` (hash of the rows).
@@ -92,6 +137,7 @@ class ShardIndex:
         self.fingerprint: str = footer["fingerprint"]
         self._mtime_ns: int = footer["mtime_ns"]
         self._ends: str = footer["ends"]
+        self.load = lru_cache(1)(_Columns)
 
     @property
     def cached(self) -> CachedShard:
@@ -100,79 +146,59 @@ class ShardIndex:
 
     def __getstate__(self) -> dict:
         """Leaves the columns behind: a worker reads those of the shards that it touches."""
-        kept = ("path", "url", "name", "num_rows", "format", "num_bytes", "fingerprint", "_mtime_ns", "_ends")
-        return {name: self.__dict__[name] for name in kept}
+        return {name: value for name, value in self.__dict__.items() if name != "load"}
 
-    @cached_property
-    def _table(self) -> pa.Table:
-        path = index_path(self.path)
-        try:
-            file = pq.ParquetFile(path, page_checksum_verification=True)
-            if _parse_footer(file.metadata).get("fingerprint") != self.fingerprint:
-                raise RuntimeError(f"{path}: has changed while in use. Start the run again.")
-            table = file.read().cast(SCHEMA)
-            _check_rows(table, self.num_bytes)
-        except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
-            advice = f"{_advice(self.path)} --again`."
-            if self.url:
-                version_note(Path(path)).unlink(missing_ok=True)  # so that it is fetched again
-                advice = _ADVICE_FROM_AFAR
-            raise RuntimeError(f"{path}: cannot be read ({_first_line(error)}). {advice}") from error
-        return table
+    def __setstate__(self, state: dict) -> None:
+        """Has no columns yet."""
+        self.__dict__ |= state
+        self.load = lru_cache(1)(_Columns)
 
-    @cached_property
-    def _members(self) -> _StructLists:
-        return _StructLists(self._table.column("members"), *_NUMBERS["members"])
+    @property
+    def _columns(self) -> _Columns:
+        return self.load(self)
 
-    @cached_property
-    def _images(self) -> _StructLists:
-        return _StructLists(self._table.column("images"), *_NUMBERS["images"])
-
-    @cached_property
-    def _audios(self) -> _StructLists:
-        return _StructLists(self._table.column("audios"), *_NUMBERS["audios"])
-
-    @cached_property
+    @property
     def keys(self) -> list[str]:
         """Keys of all rows."""
-        return self._table.column("key").to_pylist()
+        return self._columns.keys
 
-    @cached_property
+    @property
     def errors(self) -> dict[int, tuple[str, str]]:
         """Cause and message of every quarantined row."""
-        bad = np.flatnonzero(self._table.column("cause").is_valid().to_numpy())
-        found = self._table.select(["cause", "message"]).take(bad).to_pydict()
-        return dict(zip(bad.tolist(), zip(found["cause"], found["message"])))
+        return self._columns.errors
 
     def tags(self, row: int) -> tuple[str, ...]:
         """Tags of a row."""
-        return tuple(self._table.column("tags")[row].as_py())
+        return tuple(self._columns.table.column("tags")[row].as_py())
 
     def members(self, row: int) -> dict[str, tuple[int, int]]:
         """Offset and size in bytes of every member of a row, by part name."""
-        return {name: (offset, size) for name, offset, size in self._members.items(row)}
+        return {name: (offset, size) for name, offset, size in self._columns.members.items(row)}
 
     def sizes(self, row: int) -> dict[str, MediaSize]:
         """Sizes of every picture and recording of a row, by the name it has in `Sample.media`."""
+        columns = self._columns
         found = {
             name: MediaSize("image", width=width, height=height)
-            for name, width, height in self._images.items(row)
+            for name, width, height in columns.images.items(row)
         }
-        for name, num_samples in self._audios.items(row):
+        for name, num_samples in columns.audios.items(row):
             found[name] = MediaSize("audio", num_samples=num_samples)
         return found
 
     def totals(self) -> tuple[int, int]:
         """Pictures, and samples of audio at 16 kHz, of all rows that are not quarantined."""
-        good = self._table.column("cause").is_null().to_numpy()
-        (widths, _), (num_samples,) = self._images.numbers(good), self._audios.numbers(good)
+        columns = self._columns
+        good = columns.table.column("cause").is_null().to_numpy()
+        (widths, _), (num_samples,) = columns.images.numbers(good), columns.audios.numbers(good)
         return len(widths), int(num_samples.sum())
 
 
 class FolderIndex:
     """The shards of one folder and their indexes. Small to pickle.
 
-    The shards of a remote source lie in `cache`, or come there when they are opened.
+    The shards of a remote source lie in `cache`, or come there when they are opened. Columns of the
+    `shards_in_memory` shards that were used last are kept, in each process.
     """
 
     def __init__(self, path: str, shards: list[ShardIndex], cache: ShardCache | None = None):
@@ -180,6 +206,19 @@ class FolderIndex:
         self.shards = shards
         self.cache = cache
         self.format = shards[0].format
+        self.keep(SHARDS_IN_MEMORY)
+
+    def __setstate__(self, state: dict) -> None:
+        """Begins to keep columns anew."""
+        self.__dict__ |= state
+        self.keep(self.shards_in_memory)
+
+    def keep(self, shards: int) -> None:
+        """Drops all columns, and from now on those of all but `shards` shards."""
+        self.shards_in_memory = shards
+        load = lru_cache(shards)(_Columns)
+        for shard in self.shards:
+            shard.load = load
 
     def has(self, shard: int) -> bool:
         """Returns whether a shard can be opened at once."""

@@ -6,6 +6,7 @@ so that it stays the same when the file is prepared again, sorted or appended to
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,9 +23,21 @@ from data.sample import Part, Sample, SampleError
 
 NESTED = "the record is nested too deeply"
 
+_ABSENT = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENXIO,  # a socket
+    errno.EACCES,
+    errno.EPERM,
+)
+"""Why a file cannot be read today or tomorrow. All else is the machine's failure, and may pass."""
+
 
 Held = Callable[[], bytes]
-"""Reads a picture or clip that comes with a record."""
+"""Reads a picture or clip that comes with a record; raises ValueError where it is not there."""
 
 
 @dataclass(slots=True)
@@ -56,6 +69,7 @@ class FolderMedia(MediaSource):
 
         Raises:
             SampleError: it is outside the folder, missing, or too large, or there are too many.
+            RuntimeError: the machine or the network fails at it.
         """
         self._check_count()
         return self.inline(kind, self._read(kind, reference), extension_of(os.path.splitext(reference)[1]))
@@ -104,9 +118,11 @@ class FolderMedia(MediaSource):
         except SampleError:
             raise
         except (OSError, ValueError) as error:
-            raise SampleError(
-                f"{kind} {reference!r} cannot be read ({error})", cause="media_missing"
-            ) from error
+            problem = f"{kind} {reference!r} cannot be read ({error})"
+            if isinstance(error, OSError) and error.errno not in _ABSENT:
+                advice = "Look at the disk and its mount, and start the same command again."
+                raise RuntimeError(f"{problem}. {advice}") from error
+            raise SampleError(problem, cause="media_missing") from error
 
     def _check_size(self, kind: MediaKind, reference: str, num_bytes: int) -> None:
         most = self.limits.image_bytes if kind == "image" else self.limits.audio_bytes
@@ -133,7 +149,11 @@ class SampleMaker:
         self._repeats: dict[int, int] = {}
 
     def make(self, record: Record, folder: str) -> Sample | Quarantined:
-        """Returns the sample of a record, or why there is none."""
+        """Returns the sample of a record, or why there is none.
+
+        Raises:
+            RuntimeError: the machine or the network fails at its media, which is no fault of the record.
+        """
         problem = record.problem
         try:
             content = json.dumps(record.value, sort_keys=True).encode()
@@ -149,6 +169,8 @@ class SampleMaker:
             return Quarantined(key, error.cause, str(error), record.origin)
         except RecursionError:
             return Quarantined(key, "record_malformed", NESTED, record.origin)
+        except RuntimeError as error:
+            raise RuntimeError(f"{record.origin}: {error}") from error
         return Sample(key, messages, media.inlined, self.tags, record.origin)
 
     def _key(self, content: bytes) -> str:

@@ -51,7 +51,7 @@ def build_encoder(config: RunConfig) -> Encoder:
 def load_tables(
     config: RunConfig, engine: Engine, encoder: Encoder, split: Split, *, to_answer: bool = False
 ) -> Tables:
-    """Returns the samples of one split. Token counts are computed once, by the main rank, and cached.
+    """Returns the samples of one split. Token counts are computed once, by one rank, and cached.
 
     A stand-in task has a loss on samples of its own tags only; with `to_answer`, there are all.
 

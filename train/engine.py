@@ -151,11 +151,19 @@ class Engine(ABC):
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Lets the main rank run the block before all others, however long it takes."""
-        if self.world_size > 1 and not self.is_main:
+        """Lets the main rank run the block first, then one rank of every other machine, then all others.
+
+        However long each takes. So what is made once in a shared folder is made by one rank, and what
+        lies on a disk of each machine by one rank of each.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        turn = 0 if self.is_main else 1 if self.accelerator.is_local_main_process else 2
+        for _ in range(turn):
             dist.barrier(group=self._patient_group)
         yield
-        if self.world_size > 1 and self.is_main:
+        for _ in range(turn, 2):
             dist.barrier(group=self._patient_group)
 
     def barrier(self) -> None:

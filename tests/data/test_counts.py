@@ -1,9 +1,10 @@
 import dataclasses
 import json
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +16,17 @@ from data.counts import _is_held_out, build_tables
 from data.encode import Encoder
 from data.index import ShardIndex, load_folder
 from data.shards import ShardReader
-from tests.data.corpus import MEDIA, TOKENIZER, data_config, mixed_records, prepare_folder, record, tables_of
+from tests.data.corpus import (
+    MEDIA,
+    TOKENIZER,
+    data_config,
+    mixed_records,
+    planner_of,
+    prepare_folder,
+    record,
+    tables_of,
+)
+from tests.data.test_index import loads_of
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +114,41 @@ def test_pool_counts_the_same_as_one_process(mixed, tmp_path, monkeypatch):
     pooled = tables_of(data_config(mixed, cache=str(tmp_path / "pooled")))
     assert pooled.fingerprint == inline.fingerprint
     assert pooled.quarantined == inline.quarantined
+
+
+@pytest.mark.parametrize(("limit_bytes", "most"), [(10_000, 3), (2_900, 2), (500, 1), (None, 3)])
+def test_no_more_processes_count_than_there_are_cores_shards_and_room(monkeypatch, limit_bytes, most):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(96)))
+    cache = SimpleNamespace(limit_bytes=limit_bytes) if limit_bytes else None
+    shards = [SimpleNamespace(num_bytes=num_bytes) for num_bytes in (100, 1000, 1200, 5000)]
+    folder = cast(Any, SimpleNamespace(cache=cache, shards=shards))
+    assert count_cache._num_processes(folder, [0, 1, 2]) == most
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 7})
+    assert count_cache._num_processes(folder, [0, 1, 2]) == min(most, 2)
+
+
+def test_each_worker_reads_the_columns_of_a_shard_about_once_and_keeps_those_of_a_window(
+    tmp_path, monkeypatch
+):
+    path = prepare_folder(
+        tmp_path, [record(number) for number in range(1200)], tmp_path / "x", samples_per_shard=50
+    )
+    pack = PackConfig(length=512, buffer=8)  # a small part of a window, as with shards of 10,000
+    config = data_config(path, shuffle_shards=4, holdout=0.1, pack=pack)
+    loaded, alive = loads_of(monkeypatch)
+    tables = tables_of(config)
+    assert not alive, "those who choose the samples keep nothing"
+    loaded.clear()
+    planner = planner_of(config, tables, packs_per_step=1)
+    workers = [pickle.loads(pickle.dumps(tables.folders["x"])) for _ in range(2)]
+    read = 0
+    while plan := planner.next_step():
+        for ref in (ref for pack in plan.packs for ref in pack.refs):
+            assert workers[plan.step % 2].shards[ref.shard].keys[ref.row]
+            read += 1
+        assert len(alive) <= 2 * 4
+    # Twenty-four shards each, and at the borders of windows some samples of the one before.
+    assert read > 1000 and 48 <= len(loaded) < 60
 
 
 def test_unwritable_cache_asks_for_another_folder(mixed, tmp_path):

@@ -1,6 +1,8 @@
 import base64
 import json
 import os
+import resource
+import socket
 
 import pytest
 
@@ -178,6 +180,32 @@ def test_media_that_is_not_there_is_named(folder, path):
 def test_named_pipe_is_refused_and_not_waited_for(folder):
     os.mkfifo(os.path.join(folder, "pipe.jpg"))
     assert refused("megrez", chat({"image": "pipe.jpg"}), folder) == "media_missing"
+
+
+def test_socket_and_circle_of_links_are_no_files(folder):
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.join(folder, "socket.jpg"))
+    os.symlink("circle.jpg", os.path.join(folder, "circle.jpg"))
+    for name in ("socket.jpg", "circle.jpg"):
+        assert refused("megrez", chat({"image": name}), folder) == "media_missing"
+
+
+def test_disk_that_fails_is_no_fault_of_the_record():
+    # The first page of a process is mapped by none, so reading it is an input/output error.
+    record = Record({"image": "mem", "caption": "a cat"}, "records.jsonl:7")
+    with pytest.raises(RuntimeError, match=r"^records.jsonl:7: image 'mem' cannot be read \(\[Errno 5\]"):
+        SampleMaker("caption", (), LIMITS).make(record, "/proc/self")
+
+
+def test_too_many_open_files_are_no_fault_of_the_record(folder):
+    record = Record({"image": "a.jpeg", "caption": "a cat"}, "records.jsonl:7")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(RuntimeError, match=r"Too many open files.*start the same command again"):
+            SampleMaker("caption", (), LIMITS).make(record, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_file_beyond_the_limit_is_not_read(folder):

@@ -6,6 +6,7 @@ import pickle
 import tarfile
 import time
 import wave
+import weakref
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.config import LimitsConfig
-from data.index import load_folder, main, summarize
+from data.index import _Columns, list_shards, load_folder, main, summarize
 from data.options import read_limits
 from data.sample import MediaSize
 from data.scan import build_index, index_path, index_shards
@@ -283,6 +284,37 @@ def test_folder_index_is_small_to_pickle_and_whole_afterwards(tmp_path):
     assert folder.shards[0].keys[49] == "k49"
     pickled = pickle.dumps(folder)
     assert len(pickled) < 1000 and pickle.loads(pickled).shards[0].sizes(7) == folder.shards[0].sizes(7)
+
+
+def loads_of(monkeypatch):
+    """Returns the list that every reading of a shard's columns is entered into, and those that are alive."""
+    loaded, alive, init = [], weakref.WeakSet(), _Columns.__init__
+
+    def note(columns, shard):
+        loaded.append(shard.name)
+        alive.add(columns)
+        init(columns, shard)
+
+    monkeypatch.setattr(_Columns, "__init__", note)
+    return loaded, alive
+
+
+@pytest.mark.parametrize("travels", [False, True])
+def test_columns_of_only_so_many_shards_are_kept(tmp_path, monkeypatch, travels):
+    for number in range(6):
+        write_tar(tmp_path / f"shard-{number:06d}.tar", caption(f"k{number}"))
+    index_shards(list_shards(str(tmp_path)), "caption", LimitsConfig(), workers=1)
+    folder = load_folder(str(tmp_path))
+    folder.keep(2)
+    folder = pickle.loads(pickle.dumps(folder)) if travels else folder
+    loaded, alive = loads_of(monkeypatch)
+    for number in (0, 1, 0, 1, 2, 1, 0, 5):
+        shard = folder.shards[number]
+        assert shard.keys == [f"k{number}"] and shard.sizes(0) and shard.members(0) and not shard.errors
+        assert len(alive) <= 2
+    assert [int(name[6:12]) for name in loaded] == [0, 1, 2, 0, 5]
+    folder.keep(2)
+    assert not alive
 
 
 def test_loading_a_hundred_thousand_rows_takes_less_than_half_a_second(tmp_path):

@@ -11,7 +11,9 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.remote import load_remote
 from data.scan import build_index, index_path
+from data.shard_cache import ShardCache
 from tests.fuzz import damage
 from tests.fuzz.damage import END, Damaged
 from tests.fuzz.sources import FORMATS, LIMITS, Span, members_of, prepare_records, spans_of, tar_bytes
@@ -24,7 +26,7 @@ class Case:
     `touched`: delivered somehow, or in the ledger, by key. `exposed`: equal where delivered, else in
     the ledger, or behind a `shard_truncated`. `free`: no law, since the damage made another valid
     sample of it. `may_refuse`: the whole source may be refused. `rows`: how many the index must have.
-    `strike` is done while the run goes on.
+    `strike` is done while the run goes on. `cache` is where the shards of a remote source go.
     """
 
     way: str
@@ -36,6 +38,7 @@ class Case:
     may_refuse: bool = False
     rows: int | None = None
     strike: Callable[[], object] | None = None
+    cache: str | None = None
 
 
 def make_case(kind: str, draw: Random, clean: dict[str, str], folder: Path) -> Case:
@@ -285,9 +288,38 @@ def _damage_counts(case: Case, number: int, shard: Path, clean: dict[str, str], 
     case.way += damaged.way
 
 
+def remote_case(draw: Random, clean: dict[str, str], folder: Path) -> Case:
+    """Damages a shard in its store, or what lies of it in the cache: all of it, or the beginning."""
+    case, number, shard = _copied(draw, clean, folder)
+    spans, data = spans_of(case.path, number), shard.read_bytes()
+    last = len(list(shard.parent.glob("*.tar"))) - 1
+    case.path, case.cache = f"pipe:cat {case.path}/shard-{{000000..{last:06d}}}.tar", str(folder / "cache")
+    cache = ShardCache(case.cache, 2**30)
+    kept = load_remote(case.path, cache).shards[number].cached
+    where = draw.choice(("store", "copy", "copy", "beginning"))
+    if where == "store":
+        # Of the same size: a store that sends less or more is asked again for minutes.
+        damaged = damage.damage(data, draw, damage.SAME_SIZE)
+        shard.write_bytes(damaged.data)
+        _touch_members(case, spans, damaged)
+        case.may_refuse = True
+    elif where == "copy":
+        os.close(cache.open(kept))
+        damaged = damage.damage(data, draw, damage.ANY_SIZE)
+        _write_silently(Path(kept.path), damaged.data)
+        if len(damaged.data) == len(data):  # else it is no copy, and fetched anew
+            _touch_members(case, spans, damaged)
+    else:
+        damaged = damage.damage(data, draw, damage.ANY_SIZE)
+        Path(kept.partial).write_bytes(damaged.data[: draw.randrange(len(data))])
+    case.way = f"{where}: {damaged.way}"
+    return case
+
+
 KINDS: dict[str, Callable[[Random, dict[str, str], Path], Case]] = {
     "shard": shard_case,
     "index": index_case,
     "media": media_case,
     "record": record_case,
+    "remote": remote_case,
 }

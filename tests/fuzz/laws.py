@@ -1,5 +1,6 @@
 """Loads a corrupted source beside clean ones, as a run does, and compares with the clean run."""
 
+import contextlib
 import hashlib
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ import torch
 
 from data.config import DataConfig, Oversize, PackConfig, SourceConfig
 from data.encode import Encoder
+from data.loader import Loader
 from data.sample import Batch, Dropped
 from tests.data.corpus import MEDIA, TOKENIZER, loader_of, planner_of, tables_of
 from tests.fuzz.cases import Case
@@ -30,21 +32,27 @@ CAUSES = _known_causes()
 
 @dataclass
 class Loaded:
-    """What a run delivered: content by (source, key), and its ledger; or why it was refused."""
+    """What a run delivered: content by (source, key), and its ledger; or why it was refused.
+
+    `worker_bytes` is the peak of its largest worker process.
+    """
 
     delivered: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     ledger: list[Dropped] = field(default_factory=list)
     rows: Counter[tuple[str, str]] = field(default_factory=Counter)
     refusal: str = ""
+    worker_bytes: int = 0
 
 
-def load(folders: dict[str, str], case: Case | None = None, workers: int = 0) -> Loaded:
-    """Returns what one epoch over the folders gives.
+def load(
+    folders: dict[str, str], case: Case | None = None, workers: int = 0, found: Loaded | None = None
+) -> Loaded:
+    """Returns what one epoch over the folders gives, in `found` where that is given.
 
     Raises:
         Exception: whatever is no refusal in the project's own form.
     """
-    found = Loaded()
+    found = found or Loaded()
     try:
         _load(folders, case, workers, found)
     except (ValueError, RuntimeError) as error:
@@ -60,12 +68,14 @@ def _load(folders: dict[str, str], case: Case | None, workers: int, found: Loade
         pack=PackConfig(length=512, oversize=Oversize.truncate, buffer=8),
         limits=LIMITS,
         workers=workers,
+        cache=case.cache if case else None,
     )
     tables = tables_of(config)
     found.ledger += tables.quarantined
     for name, folder in tables.folders.items():
         found.rows.update((name, key) for shard in folder.shards for key in shard.keys)
     loader = loader_of(config, tables, planner_of(config, tables), encoder=Encoder(config, MEDIA, TOKENIZER))
+    _measure_at_end(loader, found)
     strike = case.strike if case else None
     for step in loader:
         for batch in step.batches:
@@ -76,6 +86,26 @@ def _load(folders: dict[str, str], case: Case | None, workers: int, found: Loade
             strike()
             strike = None
     loader.close()
+
+
+def _measure_at_end(loader: Loader, found: Loaded) -> None:
+    """Makes a loader enter the peak of its workers before it ends them, whatever it ends for."""
+    close = loader.close
+
+    def measure() -> None:
+        workers = getattr(loader._dataloader._iterator, "_workers", [])
+        for worker in workers:
+            with contextlib.suppress(FileNotFoundError, IndexError):  # it is dead already
+                found.worker_bytes = max(found.worker_bytes, memory("VmHWM", worker.pid))
+        close()
+
+    loader.close = measure
+
+
+def memory(name: str, pid: int | str = "self") -> int:
+    """Returns what a process holds now (`VmRSS`) or at most so far (`VmHWM`), in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
 def digests(batch: Batch) -> list[str]:
