@@ -5,7 +5,6 @@ Nothing depends on it but time: a worker that finds a shard missing fetches it i
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 from weakref import finalize
 
 from data.download import say
+from data.forkserver import worker_context
 from data.index import FolderIndex
 from data.shard_cache import NoRoom
 from data.worker import start_worker
@@ -66,8 +66,7 @@ class FetchAhead:
         self._process, self._last = None, []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data.preload"])
+        context = worker_context()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(self._folders, theirs), daemon=True)
         self._process.start()

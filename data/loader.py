@@ -6,7 +6,6 @@ state is released only together with the batches of its step, so prefetched step
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from data.config import DataConfig
 from data.deal import deal
 from data.encode import Encoder
 from data.fetch_ahead import FetchAhead
+from data.forkserver import worker_context
 from data.geometry import MediaConfig
 from data.index import FolderIndex
 from data.plan import Planner, StepPlan
@@ -146,10 +146,8 @@ class Loader:
         workers = self._config.workers
         parallel: dict[str, Any] = {}
         if workers:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data.preload"])
             parallel = {
-                "multiprocessing_context": context,
+                "multiprocessing_context": worker_context(),
                 "persistent_workers": True,
                 "prefetch_factor": self._config.prefetch,
                 "timeout": min(LOOK_SECONDS, self._config.timeout_seconds),
