@@ -91,6 +91,31 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path):
     assert code == 1 and "BAD  node1 (rank 0): does not see in" in output
 
 
+def test_a_file_in_the_place_of_the_folder_is_bad_and_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "train.preflight", "--folder", str(tmp_path / "file" / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"cannot write in {tmp_path}/file/run (" in done.stdout
+    assert "preflight: bad" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_node_without_the_gpus_of_the_job_is_bad(tmp_path):
+    code, output = Ranks().run(tmp_path, tmp_path, "--devices", "2")
+    assert code == 1 and "BAD  node1 (rank 0): sees 0 of 2 GPUs." in output
+    assert "BAD  node2 (rank 1): sees 0 of 2 GPUs." in output and "all-reduce" not in output
+
+
+@pytest.mark.slow
+def test_an_all_reduce_that_does_not_end_accuses_nobody(tmp_path):
+    ranks = Ranks()
+    more = ("--size-mib", "1024")  # more than can be summed in that time
+    processes = [ranks.start(rank, tmp_path, *more, seconds=3) for rank in (0, 1)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert processes[0].returncode == 1 and not outputs[1]
+    (line,) = [line for line in outputs[0].splitlines() if line.startswith("BAD")]
+    assert line.startswith("BAD  all ranks: the all-reduce does not end within 3 s.")
+
+
 def test_half_an_environment_is_refused(tmp_path):
     env = {**environment(), "RANK": "0"}
     command = [sys.executable, "-m", "train.preflight", "--folder", str(tmp_path)]

@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -163,38 +164,48 @@ class Report:
     gigabytes_per_second: float | None = None
 
 
-def check_nodes(place: Place, folder: Path, size_mib: float, seconds: float) -> Report:
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """What is checked: the GPUs of a node, the folder, an all-reduce of a size; and the longest wait."""
+
+    devices: int
+    folder: Path
+    size_mib: float
+    seconds: float
+
+
+def check_nodes(place: Place, wanted: Demands) -> Report:
     """Checks everything with all other ranks; what fails first is reported alone."""
-    report = Report([look_around(place.rank, place.node(place.rank), folder)], [])
+    report = Report([look_around(place.rank, place.node(place.rank), wanted.folder)], [])
     if place.world_size > 1:
         try:
-            _check_together(place, report, folder, size_mib, seconds)
+            _check_together(place, report, wanted)
         except Absent as error:
             report.problems += str(error).splitlines()
         except RuntimeError:  # the store is gone, and with it the first rank
             report.problems.append(f"{place.name(0)}: has gone in the middle of the check. See what it says.")
-    report.problems += find_problems(report.facts)
+    report.problems += find_problems(report.facts, wanted.devices)
     return report
 
 
-def _check_together(place: Place, report: Report, folder: Path, size_mib: float, seconds: float) -> None:
-    meeting = Meeting(place, seconds)
+def _check_together(place: Place, report: Report, wanted: Demands) -> None:
+    meeting = Meeting(place, wanted.seconds)
     report.facts = [Facts(**each) for each in meeting.exchange("facts", asdict(report.facts[0]))]
-    if not find_problems(report.facts):
-        _check_between(meeting, report, folder, size_mib, seconds)
+    if not find_problems(report.facts, wanted.devices):
+        _check_between(meeting, report, wanted)
     meeting.leave()
 
 
-def _check_between(meeting: Meeting, report: Report, folder: Path, size_mib: float, seconds: float) -> None:
+def _check_between(meeting: Meeting, report: Report, wanted: Demands) -> None:
     """Checks what only ranks that are sound can check together: the shared folder and the wire."""
-    place = meeting.place
+    place, folder, size_mib = meeting.place, wanted.folder, wanted.size_mib
     unseen = meeting.exchange("unseen", _unseen(folder, place.world_size))
     report.problems += [
         f"{place.name(rank)}: does not see in {folder} what {place.name(missed[0])} wrote there. Share it."
         for rank, missed in enumerate(unseen)
         if missed
     ]
-    wire = measure(meeting.store, place.rank, place.world_size, size_mib, seconds)
+    wire = measure(meeting.store, place.rank, place.world_size, size_mib, wanted.seconds)
     _add_wire(place, report, [Wire(**each) for each in meeting.exchange("wire", asdict(wire))], size_mib)
 
 
@@ -210,7 +221,7 @@ def _unseen(folder: Path, world_size: int) -> list[int]:
 
 def _add_wire(place: Place, report: Report, wires: list[Wire], size_mib: float) -> None:
     """Adds what the ranks measured together."""
-    report.problems += [f"{place.name(rank)}: {wire.fault}" for rank, wire in enumerate(wires) if wire.fault]
+    report.problems += _faults(place, [wire.fault for wire in wires])
     for facts, wire in zip(report.facts, wires):
         facts.clock_seconds = round(wire.clock_seconds, 4)
     slowest = max(wire.seconds for wire in wires)
@@ -218,6 +229,13 @@ def _add_wire(place: Place, report: Report, wires: list[Wire], size_mib: float) 
         report.all_reduce_mib = size_mib
         report.all_reduce_seconds = slowest
         report.gigabytes_per_second = gigabytes_per_second(size_mib, slowest, place.world_size)
+
+
+def _faults(place: Place, faults: list[str | None]) -> list[str]:
+    """Returns what failed on which rank; none is named where all see the same, as when one of them hangs."""
+    if faults[0] and len(set(faults)) == 1:
+        return [f"all ranks: {faults[0]} Which of them is at fault cannot be told."]
+    return [f"{place.name(rank)}: {fault}" for rank, fault in enumerate(faults) if fault]
 
 
 def show(report: Report, place: Place, as_json: bool) -> None:
@@ -246,6 +264,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs"), help="what all ranks must see and write in"
     )
+    parser.add_argument(
+        "--devices", type=int, default=0, metavar="N", help="GPUs that each node must show (0)"
+    )
     parser.add_argument("--nodes", default="", help="names of the nodes in order: node1,node2")
     parser.add_argument("--size-mib", type=float, default=64, help="size of the all-reduce (64)")
     parser.add_argument(
@@ -260,8 +281,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     with readable_errors():
         place = read_place([name for name in options.nodes.split(",") if name])
-    report = check_nodes(place, options.folder, options.size_mib, options.timeout)
-    marker(options.folder, place.rank).unlink(missing_ok=True)
+    wanted = Demands(options.devices, options.folder, options.size_mib, options.timeout)
+    report = check_nodes(place, wanted)
+    with suppress(OSError):  # a folder that cannot be written has been found bad
+        marker(options.folder, place.rank).unlink()
     # The first rank speaks for all; one that never met it speaks for its node.
     if place.rank == 0 or (len(report.facts) < place.world_size and place.rank % place.per_node == 0):
         show(report, place, options.json)

@@ -125,11 +125,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def find_problems(facts: list[Facts], clock_limit_seconds: float = 1.0) -> list[str]:
-    """Returns what is wrong, a line each, opening with the node and rank that have it."""
+def find_problems(facts: list[Facts], devices: int = 0, clock_limit_seconds: float = 1.0) -> list[str]:
+    """Returns what is wrong, a line each, opening with the node and rank that have it.
+
+    `devices` is how many GPUs a node must show.
+    """
     found = []
     for each in facts:
         where = f"{each.node} (rank {each.rank})"
+        if each.num_devices < devices:
+            found.append(
+                f"{where}: sees {each.num_devices} of {devices} GPUs. See nvidia-smi there, "
+                "and whether torch is built for CUDA."
+            )
         found += [f"{where}: {text}" for text in [*each.faults, *_lacks(each)]]
         if abs(each.clock_seconds) > clock_limit_seconds:
             found.append(

@@ -72,7 +72,7 @@ def measure(store: Store, rank: int, world_size: int, size_mib: float, seconds: 
     except TimeoutError as error:
         return Wire(fault=f"the all-reduce {error}. See whether its network is up.")
     except Exception as error:  # whatever a library raises is this rank's fault to report
-        return Wire(fault=f"the all-reduce fails: {str(error).splitlines()[0]}")
+        return Wire(fault=f"the all-reduce fails: {str(error).splitlines()[0].rstrip('.')}.")
 
 
 def _measure(store: Store, rank: int, world_size: int, size_mib: float, seconds: float) -> Wire:
