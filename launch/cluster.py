@@ -20,14 +20,24 @@ WORD = "cluster."
 """Beginning of the words of a command line that replace a key of the file."""
 
 
+LEAST = {
+    "gpus_per_node": 0,
+    "cpus_per_rank": 1,
+    "save_seconds": 1,
+    "retries": 0,
+    "preflight_seconds": 1,
+}
+
+
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
     """A SLURM cluster. The files of configs/cluster explain the keys.
 
     `ranks_per_node` None is one for each GPU, or one on a node without. `save_seconds` is how long before
     the time limit the ranks are asked to save and end. Ranks that fail are started again within the job,
-    until `retries` + 1 starts in a row have brought no new checkpoint. `python` is the command that starts
-    it on a node; None is the one that submits.
+    until `retries` + 1 starts in a row have brought no new checkpoint; so many also go back into the queue.
+    `preflight_seconds` is its longest wait for a node. `python` is the command that starts it on a node;
+    None is the one that submits.
     """
 
     partition: str | None = None
@@ -38,6 +48,7 @@ class ClusterConfig:
     cpus_per_rank: int = 8
     save_seconds: int = 300
     retries: int = 2
+    preflight_seconds: int = 600
     python: str | None = None
     setup: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
@@ -51,12 +62,8 @@ class ClusterConfig:
 
     def problems(self) -> list[str]:
         """Returns what is wrong, one line each."""
-        found = []
-        if not re.fullmatch(TIME, self.time):
-            found.append(
-                f"time={self.time}: is no time limit. Write it in quotes: '24:00:00' or '2-00:00:00'."
-            )
-        for name, least in (("gpus_per_node", 0), ("cpus_per_rank", 1), ("save_seconds", 1), ("retries", 0)):
+        found = self._problems_of_time()
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 found.append(f"{name}={getattr(self, name)}: must be at least {least}.")
         if self.ranks_per_node is not None and self.ranks_per_node < 1:
@@ -73,6 +80,24 @@ class ClusterConfig:
                 if not option.startswith("-")
             ]
         return found
+
+    def _problems_of_time(self) -> list[str]:
+        if not re.fullmatch(TIME, self.time):
+            return [f"time={self.time}: is no time limit. Write it in quotes: '24:00:00' or '2-00:00:00'."]
+        if re.fullmatch(r"\d+:\d\d", self.time):
+            return [f"time={self.time}: SLURM reads minutes:seconds. Write {self.time}:00."]
+        most = _seconds(self.time) // 2
+        if self.save_seconds > most:
+            text = f"more than half of time={self.time}. Use {most} at most, or a longer time."
+            return [f"save_seconds={self.save_seconds}: {text}"]
+        return []
+
+
+def _seconds(time: str) -> int:
+    """Returns the seconds of a time limit with hours; the last part may be left out after days."""
+    days, _, clock = time.rpartition("-")
+    hours, minutes, seconds = (*map(int, clock.split(":")), 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def load_cluster(name: str, words: list[str]) -> ClusterConfig:

@@ -11,56 +11,97 @@ from launch.cluster import ClusterConfig
 PATIENCE_SECONDS = 30
 """How long ranks may live on after the first has ended, before srun ends them."""
 
-PREFLIGHT_PATIENCE_SECONDS = 600
-"""The same in a preflight, which waits for missing ranks itself and names them."""
+PREFLIGHT_PATIENCE = 2
+"""The same in a preflight, in waits of its own: it waits for missing ranks itself and names them."""
 
 SCRIPT = r"""#!/usr/bin/env bash
 # {title}
 # Written by python -m launch.slurm. Code: {code}
 {options}
 
-# Runs a command as every rank: on_every_rank SECONDS FOLDER COMMAND... Returns the highest exit status.
-# When one rank has ended, the others have SECONDS to do so too.
+say() {{ echo "$(date '+%F %T')  $*"; }}
+
+# Runs a command as every rank: on_every_rank SECONDS FOLDER COMMAND... When one rank has ended, the others
+# have SECONDS to do so too. Returns the highest exit status, or 2, a mistake, where any rank ended with that.
 on_every_rank() {{
+  before=$(stat -c %s {log})
   srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait="$1"{srun} bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
     export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={ranks}
     cd "$0" && exec "$@"' "${{@:2}}" &
   srun=$!
+  [ $stop ] && kill -USR1 $srun
   until wait $srun; status=$?; ! kill -0 $srun 2>/dev/null; do :; done
+  # Ranks that wait for one that made a mistake are killed in the end, with a higher status than its own.
+  tail -c "+$((before + 1))" {log} | grep -q '^srun: error: .*: Exited with exit code 2$' && status=2
   return $status
 }}
 
-# Puts the job back into the queue. One that was cancelled stays so.
+# Runs a command of SLURM, for a minute where its controller does not answer.
+patiently() {{
+  for pause in 2 3 5 10 20 20 ''; do
+    "$@" && return
+    [ $pause ] && sleep $pause
+  done
+  return 1
+}}
+
+newest() {{ find {run}/checkpoints -path '*/step-*/manifest.json' 2>/dev/null | sort | tail -n 1; }}
+
+# Counts the starts in a row that went back into the queue without a newer checkpoint than they had found.
+count_vain() {{
+  vain=$(cat {vain} 2>/dev/null)
+  if [ "$(newest)" = "$at_start" ]; then vain=$((vain + 1)); else vain=0; fi
+  echo $vain > {vain}
+}}
+
+# Puts the job back into the queue. One that was cancelled stays so, and so does one that gets nowhere.
 requeue() {{
-  scontrol show job -o "$SLURM_JOB_ID" | grep -q JobState=RUNNING || exit 75
-  echo "$(date '+%F %T')  saved; back into the queue"
-  scontrol requeue "$SLURM_JOB_ID" || echo "Cannot requeue. To go on: sbatch {script}"
+  state=$(patiently scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*')
+  count_vain
+  [ $vain = 0 ] && found=saved || found='nothing was saved'
+  case $state in
+    JobState=RUNNING) ;;
+    '') say "$found; SLURM does not answer. $by_hand"; exit 75 ;;
+    *) exit 75 ;;
+  esac
+  if [ $vain -gt {retries} ]; then
+    say "$found in $vain starts in a row. Raise cluster.time, or lower checkpoint.every."
+    exit 1
+  fi
+  say "$found; back into the queue"
+  patiently scontrol requeue "$SLURM_JOB_ID" || say "Cannot requeue. $by_hand"
   exit 75
 }}
+by_hand='To go on, type the same launch.slurm command again.'
 
 # SLURM sends USR1 {save} s before the time limit; srun passes it on to the ranks, which save and end.
 stop=
-trap 'stop=yes; kill -USR1 $srun' USR1
+trap 'stop=yes; kill -USR1 $srun 2>/dev/null' USR1
 trap 'stop=yes' TERM
 
+at_start=$(newest)
+[ ${{SLURM_RESTART_COUNT:-0}} = 0 ] && rm -f {vain}
 {setup}
-nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+nodes=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${{nodes%%$'\n'*}}
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-echo "$(date '+%F %T')  job $SLURM_JOB_ID, start $((1 + ${{SLURM_RESTART_COUNT:-0}})) on $SLURM_JOB_NODELIST"
+say "job $SLURM_JOB_ID, start $((1 + ${{SLURM_RESTART_COUNT:-0}})) on $SLURM_JOB_NODELIST"
 
-# Names a bad node; every wait in it is bounded.
-TORCH_CPP_LOG_LEVEL=FATAL on_every_rank {preflight_patience} {code} {python} -m train.preflight \
-  --folder {run} --nodes "${{nodes//$'\n'/,}}"
-status=$?
-[ $stop ] && requeue
+# Names a bad node; every wait in it is bounded. What was bad in passing gets a second look.
+for look in 1 2; do
+  TORCH_CPP_LOG_LEVEL=FATAL on_every_rank {preflight_patience} {code} {python} -m train.preflight \
+    --folder {run} --nodes "${{nodes//$'\n'/,}}" --devices {devices} --timeout {preflight}
+  status=$?
+  [ $stop ] && requeue
+  [ $status = 0 ] && break
+done
 [ $status = 0 ] || exit 1
 
 # Ranks that fail are started again, with {retries} failures in a row that brought no new checkpoint at most.
-newest() {{ find {run}/checkpoints -path '*/step-*/manifest.json' 2>/dev/null | sort | tail -n 1; }}
 wasted=0
 while [ $wasted -le {retries} ]; do
+  [ $stop ] && requeue
   found=$(newest)
   on_every_rank {patience} {folder} {python} {code}/train.py \
     {words}
@@ -71,7 +112,7 @@ while [ $wasted -le {retries} ]; do
     2) exit 2 ;;                  # a mistake that no other start mends
   esac
   [ $stop ] && requeue
-  echo "$(date '+%F %T')  the ranks ended with exit status $status"
+  say "the ranks ended with exit status $status"
   if [ "$(newest)" = "$found" ]; then wasted=$((wasted + 1)); else wasted=0; fi
 done
 exit 1
@@ -91,6 +132,11 @@ class Job:
     folder: Path
     num_nodes: int
 
+    @property
+    def log(self) -> Path:
+        """Where the output of all starts goes."""
+        return self.script.with_suffix(".log")
+
 
 def batch_script(job: Job, cluster: ClusterConfig, python: str) -> str:
     """Returns the text of a job's script."""
@@ -98,7 +144,6 @@ def batch_script(job: Job, cluster: ClusterConfig, python: str) -> str:
         title=job.title,
         options="\n".join(f"#SBATCH {option}" for option in _options(job, cluster)),
         code=shlex.quote(str(job.code)),
-        script=shlex.quote(str(job.script)),
         run=shlex.quote(str(job.run)),
         folder=shlex.quote(str(job.folder)),
         words=" \\\n    ".join(shlex.quote(word) for word in job.words),
@@ -109,21 +154,30 @@ def batch_script(job: Job, cluster: ClusterConfig, python: str) -> str:
         ranks=cluster.num_ranks,
         save=cluster.save_seconds,
         patience=PATIENCE_SECONDS,
-        preflight_patience=PREFLIGHT_PATIENCE_SECONDS,
+        preflight=cluster.preflight_seconds,
+        preflight_patience=PREFLIGHT_PATIENCE * cluster.preflight_seconds,
+        devices=cluster.gpus_per_node,
+        log=shlex.quote(str(job.log)),
+        vain=shlex.quote(str(job.script.with_suffix(".vain"))),
         retries=cluster.retries,
     )
 
 
+SETUP_FAILS = """trap 'say "cluster.setup: $BASH_COMMAND: ended with $?. Mend it."; exit 2' ERR"""
+"""What ends a job whose setup fails: what runs without it may be another Python, or none."""
+
+
 def _setup(cluster: ClusterConfig) -> list[str]:
     exports = [f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items()]
-    return [*cluster.setup, *exports]
+    setup = [SETUP_FAILS, *cluster.setup, "trap - ERR"] if cluster.setup else []
+    return [*setup, *exports]
 
 
 def _options(job: Job, cluster: ClusterConfig) -> list[str]:
     """Returns the options of sbatch, those of the cluster last."""
     options = {
         "job-name": job.name,
-        "output": shlex.quote(str(job.script.with_suffix(".log"))),
+        "output": shlex.quote(str(job.log)),
         "open-mode": "append",
         "partition": cluster.partition,
         "account": cluster.account,

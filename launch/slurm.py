@@ -226,7 +226,7 @@ def run_order(order: Order, dry: bool) -> int:
         with suppress(FileNotFoundError):  # no squeue; sbatch will say so
             _refuse_twice(submission.home)
         for job, number in zip(submission.jobs, submission.submit()):
-            print(f"{job.name}: job {number}. Log: {job.script.with_suffix('.log')}")
+            print(f"{job.name}: job {number}. Log: {job.log}")
     return 0
 
 

@@ -52,6 +52,7 @@ def test_the_script_asks_for_what_the_cluster_needs_and_leaves_no_file(capsys, w
         "signal=B:USR1@300",
     ):
         assert f"#SBATCH --{option}\n" in script
+    assert " --devices 8 --timeout 600\n" in script
     assert "\nmodule load x\n" in script and "--partition" not in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert not any(tmp_path.iterdir())
@@ -80,6 +81,8 @@ def test_more_ranks_than_a_step_has_packs_are_refused(capsys, words):
         ("cluster=gpu9", "cluster='gpu9': there is none of that name. Did you mean 'gpu8'?"),
         ("cluster.tme=1:00:00", "cluster.tme: not a known key. Did you mean 'time'?"),
         ("cluster.time=60", "cluster.time=60: is no time limit."),
+        ("cluster.time=24:00", "cluster.time=24:00: SLURM reads minutes:seconds. Write 24:00:00."),
+        ("cluster.time=0:01:00", "cluster.save_seconds=60: more than half of time=0:01:00. Use 30 at most"),
         ("cluster.gpus_per_node=many", "cluster.gpus_per_node: "),
         ("nodes=0", "nodes=0: must be a whole number above 0."),
         ("resume=never", "resume=never: a job that comes back"),
