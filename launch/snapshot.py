@@ -11,15 +11,32 @@ from train.compose import ROOT
 COPIED = ("train.py", "train", "data", "launch", "configs", "recipes", "pyproject.toml")
 """All that a run needs. It is copied as it lies there, committed or not."""
 
+BUILT_IN_TOKENIZER = ROOT / "data" / "assets" / "tokenizer.json"
+
+CODE = (".py", ".yaml", ".toml", ".jinja")
+"""Endings of code. Of all else only the built-in tokenizer is copied: shards may lie in these folders too."""
+
 
 def copy_code(folder: Path) -> None:
     """Copies the code into a new folder."""
     folder.mkdir(parents=True)
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, folder / name, ignore=_no_code)
         else:
             shutil.copy(ROOT / name, folder / name)
+
+
+def _no_code(folder: str, names: list[str]) -> list[str]:
+    """Returns the names in a folder that are not copied: no code, or links to folders."""
+    paths = [Path(folder, name) for name in names]
+    return [path.name for path in paths if not _is_code(path)]
+
+
+def _is_code(path: Path) -> bool:
+    if path.is_dir():
+        return not path.is_symlink() and path.name != "__pycache__"
+    return path.is_file() and (path.suffix in CODE or path == BUILT_IN_TOKENIZER)
 
 
 def describe_code() -> str:
