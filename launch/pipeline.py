@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from launch.command import stage_command
 from launch.history import History, Origin, load_history, write_json
+from launch.jobs import refuse_live
 from launch.process import StageProcess, locked, opened_log
 from launch.progress import Progress
 from launch.request import Request, read_request
@@ -232,6 +233,7 @@ def run_pipeline(request: Request, dry: bool) -> int:
             print(shlex.join(stage_command(request, stage)) + note)
         return 0
     with locked(request.runs):
+        refuse_live([request.runs, *(stage.folder.path for stage in stages)])
         history = load_history(request.runs)
         digests = check_stages(stages, history, request.world_size)
         code = Pipeline(request, stages, digests, history, Progress(stages, history)).run()

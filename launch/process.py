@@ -137,20 +137,20 @@ def kill_holders(log: Path) -> None:
 
 @contextmanager
 def locked(runs: Path) -> Iterator[None]:
-    """Holds a folder of runs for this pipeline alone. Its stages do not inherit this lock.
+    """Holds a folder of runs for this command alone. Its stages do not inherit this lock.
 
     Raises:
-        ValueError: another pipeline works there.
+        ValueError: another command works there.
     """
     runs.mkdir(parents=True, exist_ok=True)
     with (runs / ".lock").open("a+b") as file:
         if not _lock(file):
             file.seek(0)
             raise ValueError(
-                f"runs={runs}: another pipeline works there (process {file.read().decode()}). "
+                f"{runs}: another command works there ({file.read().decode()}). "
                 "Wait for it, or name another folder."
             )
         file.truncate(0)
-        file.write(str(os.getpid()).encode())
+        file.write(f"process {os.getpid()}".encode())
         file.flush()
         yield

@@ -6,7 +6,6 @@ python -m launch.slurm recipe=omni_sft cluster=gpu8 nodes=2 data=mine
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -17,15 +16,14 @@ from pathlib import Path
 from launch.cluster import WORD, ClusterConfig, load_cluster
 from launch.history import load_history, write_json
 from launch.job import Job, batch_script
+from launch.jobs import JOBS, refuse_live
+from launch.process import locked
 from launch.request import read_request
 from launch.snapshot import copy_code, describe_code
 from launch.stages import Stage, compose_stages
 from launch.standing import check_stage, check_stages
 from train.compose import compose_words, readable_errors
 from train.config import Resume
-
-JOBS = "jobs"
-"""Folder of a run, or of a pipeline's runs, with a numbered folder for every submission."""
 
 EXAMPLES = """\
 words
@@ -101,20 +99,20 @@ class Submission:
         """Copies the code, writes the scripts and submits them; returns the numbers of the jobs.
 
         Raises:
-            ValueError: SLURM refuses one. Then none stays, nor any file.
+            ValueError: SLURM refuses one. Then none stays, nor any file, as after a Ctrl-C.
         """
         folder, ids = self.jobs[0].script.parent, []
-        copy_code(folder / "code")
         try:
+            copy_code(folder / "code")
             for job, script in zip(self.jobs, self.scripts()):
                 job.script.write_text(script)
                 job.script.chmod(0o755)
                 ids.append(_sbatch(job, ids[-1:]))
             write_json(folder / "jobs.json", {job.name: number for job, number in zip(self.jobs, ids)})
-        except (ValueError, OSError):
+        except BaseException:
             for number in ids:
                 subprocess.run(["scancel", number], check=False)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # it holds earlier ones
                 folder.parent.rmdir()
             raise
@@ -197,18 +195,6 @@ def _refuse_never(stages: list[Stage]) -> None:
         raise ValueError("resume=never: a job that comes back from the queue must go on. Use resume=auto.")
 
 
-def _refuse_twice(home: Path) -> None:
-    """Raises ValueError while a job that was submitted for these runs earlier is not over."""
-    for file in (home / JOBS).glob("*/jobs.json"):
-        numbers = json.loads(file.read_text()).values()
-        command = ["squeue", "-h", "-o", "%A", "-j", ",".join(numbers)]
-        live = sorted(subprocess.run(command, capture_output=True, text=True).stdout.split(), key=int)
-        if live:
-            raise ValueError(
-                f"{home}: job {', '.join(live)} is not over yet. Wait for it, or scancel {' '.join(live)}."
-            )
-
-
 def run_order(order: Order, dry: bool) -> int:
     """Checks an order, and submits it or shows its scripts; returns the exit status.
 
@@ -216,18 +202,24 @@ def run_order(order: Order, dry: bool) -> int:
         ValueError: before anything is submitted, with all that is wrong.
     """
     submission = check_order(order)
-    submission.plan()
     for stage in submission.stages:
         if stage.folder.is_complete:
             print(f"{stage.name}: already complete. Its result is in {stage.folder.final}.")
     if dry:
+        submission.plan()
         print("\n".join(submission.scripts()), end="")
-    elif submission.jobs:
-        with suppress(FileNotFoundError):  # no squeue; sbatch will say so
-            _refuse_twice(submission.home)
+    elif not all(stage.folder.is_complete for stage in submission.stages):
+        _submit_alone(submission)
+    return 0
+
+
+def _submit_alone(submission: Submission) -> None:
+    """Submits where no other command, and no earlier job, works in the same runs."""
+    with locked(submission.home):
+        refuse_live([submission.home, *(stage.folder.path for stage in submission.stages)])
+        submission.plan()
         for job, number in zip(submission.jobs, submission.submit()):
             print(f"{job.name}: job {number}. Log: {job.log}")
-    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,10 @@ FREE = (
 """What may change when a run goes on: where, how fast and how patiently, not what is computed."""
 
 
+LOCK_SECONDS = 30.0
+"""How long a start waits for another process to leave its run: one that was killed may take a moment."""
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Adds a file's path to an OSError that does not say where, such as that of a full disk."""
@@ -53,6 +62,7 @@ class RunFolder:
     """Paths of a run and the rules for starting in it."""
 
     def __init__(self, config: RunConfig) -> None:
+        self._lock: FileIO | None = None
         self.path = Path(config.run)
         self.config_file = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
@@ -91,6 +101,28 @@ class RunFolder:
                 + "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in found)
             )
 
+    def lock(self) -> None:
+        """Keeps the run for this process until it ends, however it ends (main rank only).
+
+        It tells nothing on file systems that know no locks.
+
+        Raises:
+            ValueError: another process trains there; names it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("a+b", buffering=0)
+        if not _is_had(self._lock, LOCK_SECONDS):
+            self._lock.seek(0)
+            raise ValueError(
+                f"run={self.path}: another start trains there ({self._lock.read().decode()}). "
+                "End it, or name another folder."
+            )
+        job = os.environ.get("SLURM_JOB_ID")
+        holder = f"{socket.gethostname()}, process {os.getpid()}{f', job {job}' if job else ''}"
+        with suppress(OSError):  # a full disk is told where it matters
+            self._lock.truncate(0)
+            self._lock.write(holder.encode())
+
     def create(self, config: RunConfig) -> None:
         """Makes the folder and writes `config.yaml` (main rank only)."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -111,6 +143,21 @@ class RunFolder:
             if record["step"] == step:
                 return record
         return None
+
+
+def _is_had(file: FileIO, seconds: float) -> bool:
+    """Returns whether the lock of an open file could be had within some seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return True
 
 
 def _comparable(config: Any) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def _run(
     beginnings = FirstWeightsReader(first, RandomWeights(model, config.seed))
     engine = build_engine(config, accelerator, model)
     if engine.is_main:
+        folder.lock()
         folder.create(config)
         remove_partial(folder.checkpoints)
     encoder = build_encoder(config)

@@ -240,7 +240,7 @@ def test_a_parent_of_another_size_is_refused_whether_it_has_run_or_not(done, tmp
 def test_two_pipelines_never_work_in_one_folder(done, capsys):
     with locked(done.runs):
         said = again(done, capsys=capsys)
-    assert re.fullmatch(r"runs=\S+: another pipeline works there \(process \d+\)\. Wait .*\n", said)
+    assert re.fullmatch(r"\S+: another command works there \(process \d+\)\. Wait .*\n", said)
 
 
 def test_a_stage_that_fails_stops_the_pipeline_with_the_end_of_its_log(done, tmp_path):

@@ -72,7 +72,7 @@ def test_ranks_that_outlive_their_pipeline_are_waited_for_and_then_killed(tmp_pa
 def test_the_folders_lock_goes_with_the_pipeline_and_not_with_its_stages(tmp_path):
     with locked(tmp_path):
         stage = subprocess.Popen(python("import time; time.sleep(60)"))
-        with pytest.raises(ValueError, match="another pipeline works there"), locked(tmp_path):
+        with pytest.raises(ValueError, match="another command works there"), locked(tmp_path):
             pass
     with locked(tmp_path):
         assert is_alive(stage.pid)

@@ -1,5 +1,6 @@
 """Jobs on a real SLURM of two nodes: stopped, preempted, cancelled, killed and chained."""
 
+import fcntl
 import json
 import os
 import signal
@@ -107,16 +108,16 @@ def test_a_preempted_job_and_one_out_of_time_come_back_and_a_cancelled_one_does_
     cluster, mixed_shards, tmp_path
 ):
     run = tmp_path / "run"
-    job = start(cluster, run, mixed_shards, "zero=none", "train.steps=100000", "data.workers=1")
+    more = ("zero=none", "train.steps=100000", "data.workers=1", "cluster.time=0:03:00")
+    job = start(cluster, run, mixed_shards, *more)
     wait_for_step(cluster, run, 3)
     cluster.call("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
     wait_for_another_start(cluster, run, 1)
-    cluster.call("scancel", "--batch", "--signal=USR1", job)  # as SLURM does before the time limit
-    wait_for_another_start(cluster, run, 2)
+    wait_for_another_start(cluster, run, 2)  # one to two minutes later: its time is up
     cluster.call("scancel", job)
     wait_for_state(cluster, job, "CANCELLED")
     cluster.wait_until(lambda: not cluster.call("squeue", "-h", "-j", job).strip(), PATIENCE_SECONDS)
-    assert log_of(run).count("back into the queue") == 2
+    assert log_of(run).count("saved; back into the queue") == 2
     steps = [each["step"] for each in records_of(run)]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -129,10 +130,14 @@ def wait_for_another_start(cluster, run: Path, count: int) -> None:
 
 def test_a_mistake_is_refused_before_anything_is_submitted(cluster, mixed_shards, tmp_path):
     known = cluster.call("squeue", "-h", "-a", "-t", "all")
-    for word in ("train.stepps=3", "train.packs_per_step=3", "data.path=nowhere", "init_from=nowhere"):
+    for word, beginning in (
+        ("train.stepps=3", "train.stepps: not a known key. Did you mean 'train.steps'?"),
+        ("train.packs_per_step=3", "train.packs_per_step=3: not divisible among 2 ranks"),
+        ("data.path=nowhere", "data.sources.folder.path=nowhere: "),
+        ("init_from=nowhere", "init_from=nowhere: there is no such folder."),
+    ):
         words = (*WORDS, f"data.path={mixed_shards}", f"run={tmp_path / 'run'}", word)
-        said = submit(cluster, "recipe=omni_sft", *ON_NODES, *words, code=2)
-        assert said.startswith(word.partition("=")[0]) or word.partition("=")[2] in said
+        assert submit(cluster, "recipe=omni_sft", *ON_NODES, *words, code=2).startswith(beginning)
     assert cluster.call("squeue", "-h", "-a", "-t", "all") == known
     assert not any(tmp_path.iterdir())
 
@@ -141,7 +146,64 @@ def test_what_slurm_refuses_leaves_nothing(cluster, mixed_shards, tmp_path):
     words = (*WORDS, f"data.path={mixed_shards}", f"run={tmp_path / 'run'}", "cluster.partition=none_such")
     said = submit(cluster, "recipe=omni_sft", *ON_NODES, *words, code=2)
     assert "sbatch: refuses omni_sft" in said and "partition" in said
-    assert not list(tmp_path.rglob("*.*"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", ".lock"]
+
+
+def test_a_job_that_never_saves_ends_after_some_starts(cluster, mixed_shards, tmp_path):
+    run = tmp_path / "run"
+    job = start(cluster, run, mixed_shards, "zero=none", "cluster.retries=1")
+    for number in (1, 2):
+        cluster.wait_until(lambda number=number: f"start {number} on" in log_of(run), PATIENCE_SECONDS)
+        cluster.call("scancel", "--batch", "--signal=USR1", job)  # long before there is anything to save
+    wait_for_state(cluster, job, "COMPLETED", "FAILED")
+    assert (cluster.job(job)["JobState"], cluster.job(job)["ExitCode"]) == ("FAILED", "1:0"), log_of(run)
+    assert log_of(run).count("nothing was saved; back into the queue") == 1
+    assert "nothing was saved in 2 starts in a row. Raise cluster.time" in log_of(run)
+
+
+def test_a_mistake_of_one_rank_ends_the_job_though_another_hangs(cluster, mixed_shards, tmp_path):
+    run = tmp_path / "run"
+    job = start(cluster, run, mixed_shards, "zero=none")
+    with (run / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as another start would that trains there
+        cluster.wait_until(lambda: waits_for_lock(run), PATIENCE_SECONDS)
+        os.kill(rank_process(run, 1), signal.SIGSTOP)
+        wait_for_state(cluster, job, "COMPLETED", "FAILED")
+    assert (cluster.job(job)["JobState"], cluster.job(job)["ExitCode"]) == ("FAILED", "2:0"), log_of(run)
+    assert log_of(run).count("another start trains there") == 1 and "Killed" in log_of(run)
+
+
+def waits_for_lock(run: Path) -> bool:
+    try:
+        files = psutil.Process(rank_process(run, 0)).open_files()
+    except (AssertionError, psutil.Error):
+        return False
+    return str(run / ".lock") in [file.path for file in files]
+
+
+def test_a_line_of_the_setup_that_fails_ends_the_job(cluster, mixed_shards, tmp_path):
+    run = tmp_path / "run"
+    job = start(cluster, run, mixed_shards, "zero=none", "cluster.setup=[cd /no_such_folder]")
+    wait_for_state(cluster, job, "COMPLETED", "FAILED")
+    assert cluster.job(job)["ExitCode"] == "2:0"
+    assert "cluster.setup: cd /no_such_folder: ended with 1. Mend it." in log_of(run)
+
+
+def test_a_job_that_was_submitted_by_hand_keeps_others_out(cluster, mixed_shards, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "omni_sft"
+    words = ("recipe=omni_sft", *ON_NODES, *WORDS, f"data.path={mixed_shards}", f"run={run}", "zero=none")
+    cluster.call("scancel", start(cluster, run, mixed_shards, "zero=none"))
+    monkeypatch.chdir(run / "jobs" / "1")
+    job = cluster.call("sbatch", "--parsable", "--hold", "omni_sft.sh").strip()
+    said = submit(cluster, *words, code=2)
+    assert said == f"{run}: job {job} is not over yet. Wait for it, or scancel {job}.\n"
+    command = [sys.executable, "-m", "launch.pipeline", "megrez_omni", *SMALL, f"data.path={mixed_shards}"]
+    env = environment() | {"SLURM_CONF": cluster.env["SLURM_CONF"]}
+    done = subprocess.run(
+        [*command, f"runs={run.parent}"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and f"job {job} is not over yet" in done.stderr
+    cluster.call("scancel", job)
 
 
 def test_a_pipeline_is_a_chain_of_jobs_and_is_not_submitted_twice(cluster, picture_shards, tmp_path):
