@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -99,6 +100,16 @@ class Cluster:
     def _run(self, *command: str) -> None:
         log = (self.folder / f"{'-'.join(command[:1])}.out").open("ab")
         self._daemons.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=log))
+
+    @contextmanager
+    def silent_controller(self) -> Iterator[None]:
+        """Stops the controller for a while, so that no command gets an answer."""
+        controller = next(each for each in self._daemons if "slurmctld" in each.args)
+        controller.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            controller.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """Ends every job, then the daemons."""

@@ -84,6 +84,18 @@ def test_a_job_that_is_asked_to_end_comes_back_and_loses_nothing(
     assert_whole(tmp_path / "run", losses)
 
 
+def test_a_controller_that_does_not_answer_for_a_while_ends_no_job(cluster, mixed_shards, tmp_path):
+    run = tmp_path / "run"
+    job = start(cluster, run, mixed_shards, "zero=none", "train.steps=100000")
+    wait_for_step(cluster, run, 3)
+    cluster.call("scancel", "--signal=TERM", job)
+    with cluster.silent_controller():
+        cluster.wait_until(lambda: "slurm_load_jobs error" in log_of(run), 120)
+    wait_for_another_start(cluster, run, 1)
+    cluster.call("scancel", job)
+    assert log_of(run).count("saved; back into the queue") == 1
+
+
 def test_a_rank_that_is_killed_is_noticed_and_the_job_goes_on(cluster, mixed_shards, losses, tmp_path):
     run = tmp_path / "run"
     job = start(cluster, run, mixed_shards, "zero=zero2", "checkpoint.every=2")
