@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -26,6 +27,10 @@ from train.config import Objective, RunConfig, all_problems
 ROOT = Path(__file__).resolve().parent.parent
 PASSING = (errno.EIO, errno.ESTALE)
 """What a network file system says in passing: another start may find it well again."""
+
+QUIET_SECONDS = 10.0
+"""How long a rank that leaves a mistake for the first to tell waits with its end, for which a launcher ends
+all others: the first may be slower."""
 
 
 def register() -> None:
@@ -140,7 +145,9 @@ def readable_errors(every_rank: bool = False) -> Iterator[None]:
 def _refuse(text: str, quiet: bool, status: int = 2) -> None:
     if sys.flags.dev_mode:  # python -X dev shows the traceback
         raise
-    if not quiet:
+    if quiet:
+        time.sleep(QUIET_SECONDS)
+    else:
         print(text, file=sys.stderr, flush=True)
     sys.exit(status)
 

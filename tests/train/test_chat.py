@@ -238,7 +238,9 @@ def test_paths_are_read_as_people_type_and_drop_them(files, monkeypatch):
 
 
 def _take_terminal() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # whatever the process that runs the tests has blocked
+    # Whatever the process that runs the tests has blocked or, started in the background, ignores.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
