@@ -8,16 +8,16 @@ those of a pipeline that was killed.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from train.folder import take_lock
 
 PATIENCE_SECONDS = 40.0
 """How long processes of an earlier start may take to end. The launcher gives ranks 30 to save."""
@@ -95,7 +95,7 @@ def opened_log(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
-        if not _lock(log, GRACE_SECONDS):
+        if not take_lock(log, GRACE_SECONDS):
             _outlive(log, path, tell, stopped)
         yield log
 
@@ -103,24 +103,11 @@ def opened_log(
 def _outlive(log: BinaryIO, path: Path, tell: Callable[[str], None], stopped: Callable[[], bool]) -> None:
     """Waits for processes of an earlier start: they were told to end and may be saving."""
     tell(f"{path}: processes of an earlier start still end. Waiting for them.")
-    if _lock(log, PATIENCE_SECONDS, stopped) or stopped():
+    if take_lock(log, PATIENCE_SECONDS, stopped) or stopped():
         return
     kill_holders(path)
-    if not _lock(log, 10.0):
+    if not take_lock(log, 10.0):
         raise RuntimeError(f"{path}: processes of an earlier start live on. End them and start again.")
-
-
-def _lock(file: BinaryIO, seconds: float = 0.0, stopped: Callable[[], bool] = lambda: False) -> bool:
-    """Returns whether the lock of an open file could be had within some seconds."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= end or stopped():
-                return False
-            time.sleep(0.1)
 
 
 def kill_holders(log: Path) -> None:
@@ -144,7 +131,7 @@ def locked(runs: Path) -> Iterator[None]:
     """
     runs.mkdir(parents=True, exist_ok=True)
     with (runs / ".lock").open("a+b") as file:
-        if not _lock(file):
+        if not take_lock(file):
             file.seek(0)
             raise ValueError(
                 f"{runs}: another command works there ({file.read().decode()}). "

@@ -7,11 +7,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
@@ -111,7 +111,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("a+b", buffering=0)
-        if not _is_had(self._lock, LOCK_SECONDS):
+        if not take_lock(self._lock, LOCK_SECONDS):
             self._lock.seek(0)
             raise ValueError(
                 f"run={self.path}: another start trains there ({self._lock.read().decode()}). "
@@ -145,7 +145,9 @@ class RunFolder:
         return None
 
 
-def _is_had(file: FileIO, seconds: float) -> bool:
+def take_lock(
+    file: IO[bytes] | FileIO, seconds: float = 0.0, stopped: Callable[[], bool] = lambda: False
+) -> bool:
     """Returns whether the lock of an open file could be had within some seconds."""
     end = time.monotonic() + seconds
     while True:
@@ -153,9 +155,9 @@ def _is_had(file: FileIO, seconds: float) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if time.monotonic() >= end:
+            if time.monotonic() >= end or stopped():
                 return False
-            time.sleep(0.2)
+            time.sleep(0.1)
         except OSError:  # a file system without locks
             return True
 
