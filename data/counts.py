@@ -16,10 +16,11 @@ from data.config import DataConfig, Oversize, SourceConfig
 from data.count_cache import MODALITIES, ShardCounts, count_folder
 from data.encode import Encoder
 from data.geometry import MediaConfig
-from data.index import FolderIndex, ShardIndex
+from data.index import FolderIndex
 from data.plan import SourceTable
 from data.remote import load_source
 from data.sample import Dropped
+from data.shard_index import ShardIndex
 from data.urls import shown
 
 SAMPLES_PER_FRAME = 320

@@ -20,12 +20,13 @@ from tqdm import tqdm
 from data.config import LimitsConfig
 from data.formats import FORMATS
 from data.hub import HUB, read_hub
-from data.index import FolderIndex, ShardIndex, describe, summarize
+from data.index import FolderIndex, describe, summarize
 from data.layouts import Quarantined
 from data.options import add_shared_options, positive, read_limits, read_map, read_tags
 from data.records import Record, SampleMaker, count_records, find_files, read_records
 from data.sample import Sample
 from data.scan import index_shards
+from data.shard_index import ShardIndex
 from data.shards import SAMPLES_PER_SHARD, fill_folder, whole_folder
 
 SPLIT = "train"

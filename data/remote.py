@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from data.config import DataConfig
 from data.download import Patience, ask, fetch_bytes
-from data.index import UNFINISHED, FolderIndex, ShardIndex, check_formats, load_folder, version_note
+from data.index import UNFINISHED, FolderIndex, check_formats, load_folder
 from data.scan import index_path
 from data.shard_cache import ShardCache
+from data.shard_index import ShardIndex, version_note
 from data.transport import Absent, describe_version, list_store
 from data.urls import PIPE, expand, index_url, is_remote, names_shards, problem_of, shard_name, shown
 

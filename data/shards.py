@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from data.index import UNFINISHED, FolderIndex, ShardIndex
+from data.index import UNFINISHED, FolderIndex
 from data.layouts import Quarantined, native_members, parse_members
 from data.sample import Sample, SampleError
+from data.shard_index import ShardIndex
 from data.transport import Absent
 
 SAMPLES_PER_SHARD = 10_000

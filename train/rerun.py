@@ -23,7 +23,8 @@ from train.adapters import add_adapters
 from train.checkpoint import PieceReader, copy_weights
 from train.config import RunConfig
 from train.data import build_encoder, build_planner, load_tables
-from train.engine import Engine, build_engine, start_engine
+from train.engine.interface import Engine
+from train.engine.start import build_engine, start_engine
 from train.folder import RunFolder
 from train.manifest import newest_checkpoint, step_of
 from train.model.omni import meta_model

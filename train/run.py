@@ -28,7 +28,8 @@ from train.data import (
     load_held_out,
     load_tables,
 )
-from train.engine import Engine, build_engine, start_engine
+from train.engine.interface import Engine
+from train.engine.start import build_engine, start_engine
 from train.first_weights import FirstWeights, open_first_weights
 from train.flops import peak_flops
 from train.folder import RunFolder

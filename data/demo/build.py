@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from data.config import LimitsConfig
 from data.demo import pictures, signs, spoken, texts, words
-from data.index import UNFINISHED, FolderIndex, ShardIndex, load_folder, summarize
+from data.index import UNFINISHED, FolderIndex, load_folder, summarize
 from data.sample import Sample
 from data.scan import Mapper, build_index
+from data.shard_index import ShardIndex
 from data.shards import fill_folder, whole_folder
 
 VERSION = 2

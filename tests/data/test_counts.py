@@ -14,7 +14,8 @@ from data.config import DataConfig, Oversize, PackConfig, SourceConfig
 from data.count_cache import count_folder, count_shard
 from data.counts import _is_held_out, build_tables
 from data.encode import Encoder
-from data.index import ShardIndex, load_folder
+from data.index import load_folder
+from data.shard_index import ShardIndex
 from data.shards import ShardReader
 from tests.data.corpus import (
     MEDIA,

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.config import LimitsConfig
-from data.index import _Columns, list_shards, load_folder, main, summarize
+from data.index import list_shards, load_folder, main, summarize
 from data.options import read_limits
 from data.sample import MediaSize
 from data.scan import build_index, index_path, index_shards
+from data.shard_index import Columns
 from data.shards import ShardReader
 from data.tar_members import scan_shard
 
@@ -256,7 +257,7 @@ def test_two_formats_in_one_folder_are_refused(tmp_path):
 
 def test_index_of_another_version_is_refused(tmp_path, monkeypatch):
     folder = indexed(tmp_path, caption("k"))
-    monkeypatch.setattr("data.index.INDEX_VERSION", 99)
+    monkeypatch.setattr("data.shard_index.INDEX_VERSION", 99)
     with pytest.raises(ValueError, match="is of index version 2, not 99"):
         load_folder(folder.path)
 
@@ -288,14 +289,14 @@ def test_folder_index_is_small_to_pickle_and_whole_afterwards(tmp_path):
 
 def loads_of(monkeypatch):
     """Returns the list that every reading of a shard's columns is entered into, and those that are alive."""
-    loaded, alive, init = [], weakref.WeakSet(), _Columns.__init__
+    loaded, alive, init = [], weakref.WeakSet(), Columns.__init__
 
     def note(columns, shard):
         loaded.append(shard.name)
         alive.add(columns)
         init(columns, shard)
 
-    monkeypatch.setattr(_Columns, "__init__", note)
+    monkeypatch.setattr(Columns, "__init__", note)
     return loaded, alive
 
 

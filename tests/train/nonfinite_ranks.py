@@ -14,7 +14,7 @@ from data.sample import IGNORE, EncodedSample
 from tests.train.launching import SMALL
 from tests.train.test_compose import config_of
 from train.checkpoint import copy_weights
-from train.engine import build_engine, start_engine
+from train.engine.start import build_engine, start_engine
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model
 from train.rollback import roll_back

@@ -7,7 +7,7 @@ from tests.train.switching import SWITCH_STEP
 from tests.train.test_compose import composed
 from train.checkpoint import open_newest, restore_checkpoint
 from train.compose import to_run_config
-from train.engine import build_engine, start_engine
+from train.engine.start import build_engine, start_engine
 from train.model.omni import meta_model
 from train.saver import Saver
 

@@ -1,0 +1,1 @@
+"""The one place that drives accelerate and DeepSpeed: one small `Engine`, two backends."""
