@@ -30,12 +30,15 @@ on_every_rank() {{
     export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={ranks}
     cd "$0" && exec "$@"' "${{@:2}}" &
   srun=$!
-  [ $stop ] && kill -USR1 $srun
+  [ $stop ] && pass_on
   until wait $srun; status=$?; ! kill -0 $srun 2>/dev/null; do :; done
   # Ranks that wait for one that made a mistake are killed in the end, with a higher status than its own.
   tail -c "+$((before + 1))" {log} | grep -q '^srun: error: .*: Exited with exit code 2$' && status=2
   return $status
 }}
+
+# Passes a signal on to the ranks, again and again: one that srun has not started yet misses it.
+pass_on() {{ (while kill -$signal $srun 2>/dev/null; do sleep 5; done) & }}
 
 # Runs a command of SLURM, for a minute where its controller does not answer.
 patiently() {{
@@ -75,9 +78,10 @@ requeue() {{
 }}
 by_hand='To go on, type the same launch.slurm command again.'
 
-# SLURM sends USR1 {save} s before the time limit; srun passes it on to the ranks, which save and end.
+# SLURM sends USR1 {save} s before the time limit. A preflight ends at once; ranks that train save and end.
 stop=
-trap 'stop=yes; kill -USR1 $srun 2>/dev/null' USR1
+signal=TERM
+trap 'stop=yes; pass_on' USR1
 trap 'stop=yes' TERM
 
 at_start=$(newest)
@@ -93,10 +97,13 @@ for look in 1 2; do
   TORCH_CPP_LOG_LEVEL=FATAL on_every_rank {preflight_patience} {code} {python} -m train.preflight \
     --folder {run} --nodes "${{nodes//$'\n'/,}}" --devices {devices} --timeout {preflight}
   status=$?
-  [ $stop ] && requeue
-  [ $status = 0 ] && break
+  case $stop$status in
+    yes* | 138 | 143) requeue ;;
+    0) break ;;
+  esac
 done
 [ $status = 0 ] || exit 1
+signal=USR1
 
 # Ranks that fail are started again, with {retries} failures in a row that brought no new checkpoint at most.
 wasted=0

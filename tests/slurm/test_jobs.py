@@ -181,6 +181,34 @@ def test_a_job_that_never_saves_ends_after_some_starts(cluster, mixed_shards, tm
     assert "nothing was saved in 2 starts in a row. Raise cluster.time" in log_of(run)
 
 
+DEAF = """#!/usr/bin/env bash
+if [[ "$*" == {script} && ! -e "$0.$RANK" ]]; then
+  trap '' USR1
+  touch "$0.$RANK"
+  sleep {seconds}
+  trap - USR1
+fi
+exec {python} "$@"
+"""
+"""A Python whose first start of a script misses signals for a while, as a rank does before srun starts it."""
+
+
+@pytest.mark.parametrize(("script", "seconds"), [("'-m train.preflight '*", 300), ("*/train.py' '*", 4)])
+def test_a_signal_that_comes_while_ranks_start_is_not_lost(
+    cluster, mixed_shards, losses, tmp_path, script, seconds
+):
+    run, deaf = tmp_path / "run", tmp_path / "deaf"
+    deaf.write_text(DEAF.format(script=script, seconds=seconds, python=sys.executable))
+    deaf.chmod(0o755)
+    job = start(cluster, run, mixed_shards, "zero=none", f"cluster.python={deaf}")
+    cluster.wait_until(lambda: len(list(tmp_path.glob("deaf.*"))) == 2, PATIENCE_SECONDS)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_until(lambda: "back into the queue" in log_of(run), 60)
+    wait_for_state(cluster, job, "COMPLETED", "FAILED")
+    assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("COMPLETED", "1"), log_of(run)
+    assert_whole(run, losses)
+
+
 def test_a_mistake_of_one_rank_ends_the_job_though_another_hangs(cluster, mixed_shards, tmp_path):
     run = tmp_path / "run"
     job = start(cluster, run, mixed_shards, "zero=none")
