@@ -15,8 +15,8 @@ FILES = sorted(path for name in ("data", "train", "launch") for path in (ROOT / 
 FILES.append(ROOT / "train.py")
 BANNED_NAMES = {"utils", "common", "helpers", "misc", "base", "manager"}
 ONLY_IN = {
-    "accelerate": {"train/engine/start.py"},
-    "deepspeed": {"train/engine/start.py", "train/engine/zero.py"},
+    "accelerate": {"train/engine.py"},
+    "deepspeed": {"train/engine.py"},
     "peft": {"train/adapters.py"},
     "wandb": {"train/wandb_sink.py"},
     "webdataset": {"data/shards.py"},

@@ -20,7 +20,7 @@ from data.plan import SourceTable
 from data.prompt import Prompt, PromptReader
 from data.sample import Batch, Dropped, SampleRef
 from train.config import EvalConfig, Precision
-from train.engine.interface import Engine
+from train.engine import Engine
 from train.generate import STOPS, generate
 from train.measures import Score, corpus_scores, score
 

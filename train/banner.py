@@ -11,7 +11,7 @@ from data.shards import ShardReader
 from data.show import format_text, show
 from train.config import RunConfig
 from train.data import Tables
-from train.engine.interface import Engine
+from train.engine import Engine
 from train.model.omni import MegrezOmni, module_of
 from train.model.shapes import ADAPTER
 

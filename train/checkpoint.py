@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from train.engine.interface import Engine
+from train.engine import Engine
 from train.fragments import MOMENTS
 from train.manifest import (
     DamagedError,

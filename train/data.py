@@ -14,7 +14,7 @@ from data.plan import Planner
 from data.remote import check_room
 from data.tokenizer import load_tokenizer
 from train.config import Objective, RunConfig
-from train.engine.interface import Engine
+from train.engine import Engine
 from train.flops import sample_cost, trains_anything
 from train.parent import tokenizer_folder
 

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from train.backends import build_engine
 from train.checkpoint import copy_weights
 from train.compose import readable_errors
 from train.config import RunConfig
 from train.data import build_encoder, load_tables
-from train.engine.interface import Engine
-from train.engine.start import build_engine, start_engine
+from train.engine import Engine, start_engine
 from train.held_out import HeldOut
 from train.model.omni import meta_model
 from train.request import ModelRequest

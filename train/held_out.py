@@ -25,7 +25,7 @@ from train.answers import Answer, Answered, Answering, summarise
 from train.compose import refuse_metrics
 from train.config import MEASURES, Objective, RunConfig
 from train.data import Tables, build_loader, build_planner
-from train.engine.interface import Engine
+from train.engine import Engine
 from train.folder import naming
 from train.meters import LossMeter
 

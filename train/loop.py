@@ -15,7 +15,7 @@ from data.loader import Loader, StepBatches
 from data.sample import Batch, Dropped
 from train.compose import to_yaml
 from train.config import OnSpikes, RunConfig
-from train.engine.interface import Engine, StepResult
+from train.engine import Engine, StepResult
 from train.flops import TOWER_PARTS, training_flops, work_of
 from train.folder import RunFolder, naming
 from train.meters import Meters

@@ -20,11 +20,11 @@ from data.sample import Pack, SampleRef
 from data.scan import build_index
 from data.worker import MicroBatches, Progress, WorkItem
 from train.adapters import add_adapters
+from train.backends import build_engine
 from train.checkpoint import PieceReader, copy_weights
 from train.config import RunConfig
 from train.data import build_encoder, build_planner, load_tables
-from train.engine.interface import Engine
-from train.engine.start import build_engine, start_engine
+from train.engine import Engine, start_engine
 from train.folder import RunFolder
 from train.manifest import newest_checkpoint, step_of
 from train.model.omni import meta_model

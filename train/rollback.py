@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from train.checkpoint import PieceReader, open_newest, restore_checkpoint
-from train.engine.interface import Engine
+from train.engine import Engine
 from train.spikes import GradientNorms
 
 MAX_ROLLBACKS = 3

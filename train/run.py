@@ -15,6 +15,7 @@ from data.ledger import Ledger
 from data.plan import Planner
 from train import stage
 from train.adapters import add_adapters
+from train.backends import build_engine
 from train.banner import describe_data, describe_run, describe_sample, module_sizes
 from train.checkpoint import copy_weights, open_newest, restore_checkpoint
 from train.compose import readable_errors
@@ -28,8 +29,7 @@ from train.data import (
     load_held_out,
     load_tables,
 )
-from train.engine.interface import Engine
-from train.engine.start import build_engine, start_engine
+from train.engine import Engine, start_engine
 from train.first_weights import FirstWeights, open_first_weights
 from train.flops import peak_flops
 from train.folder import RunFolder

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from train.config import CheckpointConfig
-from train.engine.interface import Engine
+from train.engine import Engine
 from train.folder import naming
 from train.manifest import PARTIAL, FileFacts, checkpoints_in, file_facts, step_of, write_manifest
 from train.weights import save_tensors, sync

@@ -22,7 +22,7 @@ from data.index import FolderIndex
 from data.loader import StepBatches
 from data.sample import Sample, SampleError, SampleRef
 from data.shards import ShardReader, fill_folder
-from train.engine.interface import Engine, StepResult
+from train.engine import Engine, StepResult
 from train.meters import strict_json
 
 NUM_NORMS = 100

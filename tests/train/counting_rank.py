@@ -9,8 +9,8 @@ from data import count_cache
 from data.config import SourceConfig
 from tests.data.corpus import data_config, tables_of
 from tests.train.test_compose import config_of
-from train.engine.ddp import DDPEngine
-from train.engine.interface import Engine
+from train.backends import DDPEngine
+from train.engine import Engine
 
 
 def main(source: str, cache: str, notes: str) -> None:

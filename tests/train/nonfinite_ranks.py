@@ -13,8 +13,9 @@ from data.collate import collate
 from data.sample import IGNORE, EncodedSample
 from tests.train.launching import SMALL
 from tests.train.test_compose import config_of
+from train.backends import build_engine
 from train.checkpoint import copy_weights
-from train.engine.start import build_engine, start_engine
+from train.engine import start_engine
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model
 from train.rollback import roll_back

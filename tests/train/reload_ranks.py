@@ -5,9 +5,10 @@ from pathlib import Path
 
 from tests.train.switching import SWITCH_STEP
 from tests.train.test_compose import composed
+from train.backends import build_engine
 from train.checkpoint import open_newest, restore_checkpoint
 from train.compose import to_run_config
-from train.engine.start import build_engine, start_engine
+from train.engine import start_engine
 from train.model.omni import meta_model
 from train.saver import Saver
 

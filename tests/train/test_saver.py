@@ -8,8 +8,8 @@ import torch
 
 from tests.train.launching import SMALL
 from tests.train.test_compose import config_of
+from train.backends import DDPEngine
 from train.checkpoint import PieceReader, copy_weights, open_newest, restore_checkpoint
-from train.engine.ddp import DDPEngine
 from train.manifest import checkpoints_in, step_of
 from train.model.initial import RandomWeights
 from train.model.omni import meta_model

@@ -1,4 +1,8 @@
-"""ZeRO 1, 2 and 3 with or without CPU offload, by DeepSpeed."""
+"""The two engines.
+
+`DDPEngine` is plain data parallelism, or one process; `DeepSpeedEngine` is ZeRO 1, 2, 3 with or without
+CPU offload.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from train.config import Precision, RunConfig
-from train.engine.interface import Engine, StepResult
+from train.engine import Engine, StepResult, partition
 from train.fragments import (
     NamedShapes,
     stage3_fragments,
@@ -20,6 +24,65 @@ from train.fragments import (
     whole_fragments,
 )
 from train.optim import build_optimizer
+
+
+class DDPEngine(Engine):
+    """One process, or DistributedDataParallel. bf16 is autocast over fp32 weights."""
+
+    def __init__(self, config: RunConfig, accelerator, model: nn.Module) -> None:
+        super().__init__(config, accelerator)
+        self.model = model.to_empty(device=self.device)
+        self.optimizer = build_optimizer(model, config, fused=self.device.type == "cuda")
+        self.wrapped = accelerator.prepare_model(self.model) if self.world_size > 1 else self.model
+
+    def forward(self, batch):  # noqa: D102
+        self.sign("a forward pass")
+        module = self.wrapped if torch.is_grad_enabled() else self.model
+        return self._autocast(module, batch)
+
+    def _autocast(self, module, batch):
+        enabled = self.config.precision is Precision.bf16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            return module(batch)
+
+    def micro_batch(self, last):  # noqa: D102
+        # Gradients are reduced only with the last micro-batch of a step.
+        no_sync = getattr(self.wrapped, "no_sync", contextlib.nullcontext)
+        return contextlib.nullcontext() if last else no_sync()
+
+    def backward(self, loss):  # noqa: D102
+        self.sign("a backward pass")
+        (loss * self.world_size).backward()
+
+    def step(self, limit=math.inf):  # noqa: D102
+        self.sign("the update")
+        groups = [[p.grad for p in group["params"]] for group in self.optimizer.param_groups]
+        norms = torch.stack([nn.utils.get_total_norm(grads) for grads in groups]).tolist()
+        result = self._groups_to_modules(norms)
+        result.applied = math.isfinite(result.grad_norm) and result.grad_norm <= limit
+        if result.applied:
+            scale = self.config.optim.clip / (result.grad_norm + 1e-6)
+            if scale < 1:
+                for grads in groups:
+                    for grad in grads:
+                        grad.mul_(scale)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def trained_fragments(self):  # noqa: D102
+        return whole_fragments(self.model, self.optimizer, trained=True)
+
+    def frozen_fragments(self):  # noqa: D102
+        return whole_fragments(self.model, self.optimizer, trained=False)
+
+    def start_moments(self, steps):  # noqa: D102
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                start_state(self.optimizer, parameter, steps)
+
+    def publish_weights(self):  # noqa: D102
+        pass
 
 
 class DeepSpeedEngine(Engine):
@@ -32,7 +95,7 @@ class DeepSpeedEngine(Engine):
         # In the dtype that DeepSpeed would cast to, so that nothing is ever held twice.
         model.to(torch.bfloat16 if config.precision is Precision.bf16 else torch.float32)
         if self._stage3:
-            _partition(model, accelerator.state.deepspeed_plugin.deepspeed_config, self.device)
+            partition(model, accelerator.state.deepspeed_plugin.deepspeed_config, self.device)
         else:
             model.to_empty(device=self.device)
         self._names = NamedShapes(model)
@@ -151,14 +214,9 @@ class DeepSpeedEngine(Engine):
                 dist.all_gather([part.data for part in parts], parts[self.rank].data.clone())
 
 
-def _partition(model: nn.Module, settings: dict, device: torch.device) -> None:
-    """Gives every parameter of a meta model its ZeRO-3 partition, with one whole parameter at a time."""
-    import deepspeed
+def build_engine(config: RunConfig, accelerator, model: nn.Module) -> DDPEngine | DeepSpeedEngine:
+    """Returns the engine of the kind `config.zero` asks for around a model on the meta device.
 
-    init = deepspeed.zero.Init(config_dict_or_path=settings)
-    for module in model.modules():
-        for name, meta in list(module.named_parameters(recurse=False)):
-            whole = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=meta.requires_grad)
-            init._convert_to_deepspeed_param(whole)
-            whole.partition()  # type: ignore[attr-defined]
-            setattr(module, name, whole)
+    Its weights have no values yet: `train.checkpoint.copy_weights` or `restore_checkpoint` fills them.
+    """
+    return (DeepSpeedEngine if config.zero.stage else DDPEngine)(config, accelerator, model)
